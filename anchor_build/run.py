@@ -1,0 +1,135 @@
+"""The one module that starts processes: argument lists, never a shell, stdin closed, a fixed locale."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build.errors import AnchorError, ProcessError
+
+TAIL_LINES = 30
+# Distributions keep administrators' programs out of a user's PATH; dracut and its tools live there.
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished process: its exit status and what it wrote."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+
+
+def which(program: str) -> Path | None:
+    """Find `program` on the caller's PATH, then in the system's own directories."""
+    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
+    return Path(found) if found else None
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a child: ours, with a locale that keeps messages and sorting stable."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("LC_") and key != "LANGUAGE"}
+    env["LC_ALL"] = "C.UTF-8"
+    env["PATH"] = f"{env.get('PATH', '')}:{SYSTEM_PATH}".lstrip(":")
+    env.update(extra or {})
+    return env
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    input_text: str | None = None,
+    log: Path | None = None,
+    check: bool = True,
+    timeout: float | None = None,
+    hint: str = "",
+) -> Completed:
+    """Run a program to its end and return what it wrote.
+
+    With `log`, standard output and error go to that file together (and `stdout` is its text). The child
+    has its own process group, which is ended when `timeout` (seconds) passes or the caller is interrupted.
+
+    Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
+    missing or the time is up.
+    """
+    words = [str(word) for word in argv]
+    child = start(words, env=env, cwd=cwd, log=log, stdin_pipe=input_text is not None)
+    try:
+        out, err = child.communicate(input_text, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        stop(child)
+        raise AnchorError(f"{words[0]} did not finish within {timeout:g} s", hint) from None
+    except BaseException:
+        stop(child)
+        raise
+    if log is not None:
+        out = log.read_text(encoding="utf-8", errors="replace")
+    if check and child.returncode != 0:
+        tail = "\n".join((out + err if log is None else out).splitlines()[-TAIL_LINES:])
+        raise ProcessError(words, child.returncode, tail, hint)
+    return Completed(tuple(words), child.returncode, out, err)
+
+
+def start(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Path | None = None,
+    stdin_pipe: bool = False,
+) -> subprocess.Popen[str]:
+    """Start a program in a process group of its own; the caller waits for it or ends it with `stop`.
+
+    Raises AnchorError when the program cannot be started.
+    """
+    words = [str(word) for word in argv]
+    sink = log.open("wb") if log is not None else None
+    try:
+        return subprocess.Popen(
+            words,
+            env=environment(env),
+            cwd=cwd,
+            stdin=subprocess.PIPE if stdin_pipe else subprocess.DEVNULL,
+            stdout=sink if sink is not None else subprocess.PIPE,
+            stderr=subprocess.STDOUT if sink is not None else subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise AnchorError(
+            f"{words[0]}: program not found", "`anchor-build doctor` names the package that has it"
+        ) from None
+    except PermissionError:
+        raise AnchorError(f"{words[0]}: may not be executed") from None
+    finally:
+        if sink is not None:
+            sink.close()
+
+
+def stop(child: subprocess.Popen[str], grace: float = 5.0) -> None:
+    """End a process started by `start` together with its children: politely, then after `grace` seconds not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(timeout=grace)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    for stream in (child.stdin, child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
+    if child.poll() is None:
+        child.wait(timeout=grace)

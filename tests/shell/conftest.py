@@ -1,0 +1,53 @@
+"""Run shell text under each shell that a node may have, with the libraries relocated below a test's own root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[2]
+LIB = TOP / "lib"
+SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"], "bash": ["bash", "--posix"]}
+
+
+@dataclass(frozen=True)
+class Shell:
+    """One of the node's shells; `root` is what ANCHOR_ROOT points to."""
+
+    name: str
+    root: Path
+
+    def run(
+        self,
+        script: str,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        unshare: tuple[str, ...] = (),
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `script`; `unshare` names the namespaces it gets for itself, such as ("--mount", "--net")."""
+        argv = [*SHELLS[self.name], "-c", script, self.name, *arguments]
+        if unshare:
+            argv = ["unshare", *unshare, "--", *argv]
+        return subprocess.run(
+            argv,
+            env={"PATH": os.environ["PATH"], "LIB": str(LIB), "ANCHOR_ROOT": str(self.root), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=timeout,
+            check=False,
+        )
+
+
+@pytest.fixture(params=sorted(SHELLS))
+def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Shell:
+    """Each shell in turn, with an empty node root."""
+    root = tmp_path / "node"
+    root.mkdir()
+    return Shell(request.param, root)

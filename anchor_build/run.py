@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from anchor_build.errors import AnchorError, ProcessError
 
@@ -49,20 +50,22 @@ def run(
     cwd: Path | None = None,
     input_text: str | None = None,
     log: Path | None = None,
+    stdout: IO[bytes] | None = None,
     check: bool = True,
     timeout: float | None = None,
     hint: str = "",
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
-    With `log`, standard output and error go to that file together (and `stdout` is its text). The child
-    has its own process group, which is ended when `timeout` (seconds) passes or the caller is interrupted.
+    With `log`, standard output and error go to that file together (and `stdout` is its text); with `stdout`,
+    standard output goes to that open file and is not returned. The child has its own process group, which is ended
+    when `timeout` (seconds) passes or the caller is interrupted.
 
     Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
     missing or the time is up.
     """
     words = [str(word) for word in argv]
-    child = start(words, env=env, cwd=cwd, log=log, stdin_pipe=input_text is not None)
+    child = start(words, env=env, cwd=cwd, log=log, stdout=stdout, stdin_pipe=input_text is not None)
     try:
         out, err = child.communicate(input_text, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -74,9 +77,9 @@ def run(
     if log is not None:
         out = log.read_text(encoding="utf-8", errors="replace")
     if check and child.returncode != 0:
-        tail = "\n".join((out + err if log is None else out).splitlines()[-TAIL_LINES:])
+        tail = "\n".join(((out or "") + (err or "")).splitlines()[-TAIL_LINES:])
         raise ProcessError(words, child.returncode, tail, hint)
-    return Completed(tuple(words), child.returncode, out, err)
+    return Completed(tuple(words), child.returncode, out or "", err or "")
 
 
 def start(
@@ -85,6 +88,7 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     log: Path | None = None,
+    stdout: IO[bytes] | None = None,
     stdin_pipe: bool = False,
 ) -> subprocess.Popen[str]:
     """Start a program in a process group of its own; the caller waits for it or ends it with `stop`.
@@ -99,7 +103,7 @@ def start(
             env=environment(env),
             cwd=cwd,
             stdin=subprocess.PIPE if stdin_pipe else subprocess.DEVNULL,
-            stdout=sink if sink is not None else subprocess.PIPE,
+            stdout=sink or stdout or subprocess.PIPE,
             stderr=subprocess.STDOUT if sink is not None else subprocess.PIPE,
             text=True,
             errors="replace",

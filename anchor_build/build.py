@@ -1,0 +1,307 @@
+"""Builds an initramfs: plan -> rendered modules -> dracut -> read back -> put in place, with a report beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchor_build import __version__, dracut, readback
+from anchor_build.cpio import read_initramfs
+from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.kernel import Kernel
+from anchor_build.plan import Plan
+from anchor_build.render import RenderedModule, render_plan
+from anchor_build.run import run, which
+from anchor_build.settings import Setting
+
+Step = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class InitramfsBuild:
+    """Everything that decides the bytes of an initramfs, and where it goes."""
+
+    plan: Plan
+    kernel: Kernel
+    output: Path
+    ca: bytes
+    settings: tuple[Setting, ...] = ()
+    drivers: tuple[str, ...] = ()
+    compress: str | None = None
+    warnings: tuple[str, ...] = ()
+    work: Path | None = None
+    # Called with each line of dracut's log when it matters (-v).
+    tell: Callable[[str], None] = field(default=lambda line: None)
+
+    @property
+    def report_file(self) -> Path:
+        """Where the JSON report goes: beside the output."""
+        return self.output.with_name(self.output.name + ".json")
+
+
+def cache_directory() -> Path:
+    """Return the directory for work and caches: $XDG_CACHE_HOME/anchor-build, which may vanish at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "anchor-build"
+
+
+def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
+    """Build, verify and put in place; return the report.
+
+    The output and its report appear whole or not at all. Raises AnchorError for everything that is missing,
+    for a failed dracut, and when the finished file lacks something that a stage promises.
+    """
+    installed = dracut.find_dracut()
+    _check_host(build, installed)
+    modules = render_plan(build.plan)
+    with _work_directory(build.work) as work, _beside(build.output) as partial:
+        with step("render the stages"):
+            site = _site_files(build)
+            request = _prepare(build, installed, modules, site, work, partial)
+        with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
+            _run_dracut(build, installed, request, work)
+        with step("read the initramfs back"):
+            report = _verify(build, installed, modules, request, site)
+        _put_in_place(build, partial, report)
+    return report
+
+
+def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
+    """Refuse, all at once, what would only fail in the middle of dracut's run."""
+    problems = []
+    for stage in build.plan.all:
+        for binary in stage.binaries:
+            if which(binary.name) is None:
+                problems.append(
+                    f"{stage.id}: {binary.name} is missing: install {binary.deb} (deb) or {binary.rpm} (rpm)"
+                )
+        for module in stage.dracut:
+            if not module.endswith("?") and not installed.has_module(module):
+                problems.append(f"{stage.id}: this dracut has no module {module}: install dracut-network")
+    known = build.kernel.driver_names() | build.kernel.builtin_names()
+    wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
+    wanted += [("--add-drivers", driver) for driver in build.drivers]
+    for owner, driver in wanted:
+        if not driver.startswith("=") and driver.replace("-", "_") not in known:
+            problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
+    directory = build.output.parent
+    if not directory.is_dir():
+        problems.append(f"--output {build.output}: {directory} is not a directory")
+    elif not os.access(directory, os.W_OK):
+        problems.append(f"--output {build.output}: {directory} may not be written")
+    if build.output.is_dir():
+        problems.append(f"--output {build.output}: is a directory")
+    if problems:
+        raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks")
+
+
+def build_time(build: InitramfsBuild) -> int:
+    """Return the build's time in seconds since the epoch: SOURCE_DATE_EPOCH, else when its newest input was changed.
+
+    A clock reading would make two builds of the same inputs differ. Raises AnchorError for a
+    SOURCE_DATE_EPOCH that is no number (reproducible-builds.org/specs/source-date-epoch).
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is not None:
+        if not given.isdigit():
+            raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
+        return int(given)
+    inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
+    inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
+    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := which(b.name))]
+    newest = max(int(path.stat().st_mtime) for path in inputs)
+    return min(max(newest, _newest_certificate(build.ca)), int(time.time()))
+
+
+def _newest_certificate(bundle: bytes) -> int:
+    """Return the latest start of validity in a CA bundle: before it, a node could trust nobody."""
+    import re
+    import ssl
+
+    newest = 0
+    for block in re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", bundle, re.DOTALL):
+        try:
+            der = ssl.PEM_cert_to_DER_cert(block.decode("ascii"))
+        except ValueError:
+            continue
+        times = re.findall(rb"\x17\x0d([0-9]{12}Z)", der[:1024])
+        if times:
+            newest = max(newest, int(ssl.cert_time_to_seconds(_utc_time(times[0].decode()))))
+    return newest
+
+
+def _utc_time(text: str) -> str:
+    """Turn an ASN.1 UTCTime into the form that ssl.cert_time_to_seconds takes."""
+    parsed = time.strptime(text, "%y%m%d%H%M%SZ")
+    return time.strftime("%b %d %H:%M:%S %Y GMT", parsed)
+
+
+def _site_files(build: InitramfsBuild) -> dict[str, bytes]:
+    files = {"ca.pem": build.ca, "build-time": f"{build_time(build)}\n".encode()}
+    if build.settings:
+        files["params"] = "".join(f"{s.param.key}={s.value}\n" for s in build.settings).encode()
+    return files
+
+
+def _prepare(
+    build: InitramfsBuild,
+    installed: dracut.Dracut,
+    modules: tuple[RenderedModule, ...],
+    site: Mapping[str, bytes],
+    work: Path,
+    output: Path,
+) -> dracut.Request:
+    base, etc, config = work / "dracut", work / "etc", work / "dracut.conf"
+    dracut.make_base(installed, modules, base)
+    etc.mkdir()
+    for name, content in site.items():
+        (etc / name).write_bytes(content)
+        (etc / name).chmod(0o600 if name == "params" else 0o644)
+    config.write_text(dracut.configuration(), encoding="utf-8")
+    (work / "dracut.conf.d").mkdir()
+    (work / "tmp").mkdir()
+    return dracut.Request(
+        kernel=build.kernel,
+        modules=dracut.choose_modules(installed, build.plan),
+        drivers=build.drivers,
+        compress=build.compress or dracut.choose_compression(build.kernel),
+        base=base,
+        config=config,
+        work=work / "tmp",
+        output=output,
+    )
+
+
+def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path) -> None:
+    env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(work / "etc")}
+    log = work / "dracut.log"
+    try:
+        run(dracut.arguments(installed, request), env=env, log=log)
+    except ProcessError as error:
+        raise ProcessError(error.argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+    finally:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+            build.tell(line)
+    if not request.output.is_file() or request.output.stat().st_size == 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        raise AnchorError(f"dracut ended without an error but wrote nothing\n{tail}")
+
+
+def _dracut_hint(output: str) -> str:
+    if "No space left on device" in output:
+        return "make room in the cache directory (XDG_CACHE_HOME) and where the output goes"
+    if "Permission denied" in output:
+        return "dracut reads files that only root may read here: run it as root"
+    return "run again with -v to see all that dracut says"
+
+
+def _verify(
+    build: InitramfsBuild,
+    installed: dracut.Dracut,
+    modules: tuple[RenderedModule, ...],
+    request: dracut.Request,
+    site: Mapping[str, bytes],
+) -> dict[str, Any]:
+    initramfs = read_initramfs(request.output)
+    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site)
+    if problems:
+        raise AnchorError(
+            "the finished initramfs lacks what its stages promise:\n  " + "\n  ".join(problems),
+            "run again with -v: dracut says why it left something out",
+        )
+    contents = readback.measure(initramfs, build.plan, build.kernel)
+    data = request.output.read_bytes()
+    return {
+        "file": build.output.name,
+        "sha256": readback.sha256(data),
+        "bytes": len(data),
+        "compression": request.compress,
+        "anchor_build": __version__,
+        "dracut": installed.version_text,
+        "dracut_modules": list(request.modules),
+        "kernel": build.kernel.release,
+        "build_time": int(site["build-time"]),
+        "stages": [stage.id for stage in build.plan.all],
+        "settings": {setting.param.key: setting.shown for setting in build.settings},
+        "inputs": _inputs(build, modules),
+        "uncompressed_bytes": contents.total,
+        "files": contents.files,
+        "bytes_by_stage": dict(contents.by_owner),
+        "largest_files": [{"path": path, "bytes": size} for path, size in contents.largest],
+        "drivers": list(contents.drivers),
+        "warnings": _warnings(build),
+    }
+
+
+def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[str, str]:
+    """Return the SHA-256 of each input by its role; no path of this host."""
+    inputs = {"ca": readback.sha256(build.ca)}
+    inputs["modules.dep"] = readback.sha256((build.kernel.modules / "modules.dep").read_bytes())
+    if build.kernel.image is not None:
+        inputs["kernel"] = readback.sha256(build.kernel.image.read_bytes())
+    for module in modules:
+        digest = hashlib.sha256()
+        for name, file in sorted(module.files.items()):
+            digest.update(f"{name}\0{file.mode:o}\0{len(file.content)}\0".encode() + file.content)
+        inputs[module.name] = digest.hexdigest()
+    for stage in build.plan.all:
+        for binary in stage.binaries:
+            path = which(binary.name)
+            if path is not None:
+                inputs[f"program {binary.name}"] = readback.sha256(path.read_bytes())
+    return inputs
+
+
+def _warnings(build: InitramfsBuild) -> list[str]:
+    secrets = [s.param.key for s in build.settings if s.param.type == "secret"]
+    found = list(build.warnings)
+    if secrets:
+        found.append(
+            f"holds secrets ({', '.join(secrets)}): whoever can fetch this initramfs can read them; its mode is 0600"
+        )
+    return found
+
+
+@contextmanager
+def _work_directory(parent: Path | None) -> Iterator[Path]:
+    cache = parent or cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
+    except OSError as error:
+        raise AnchorError(
+            f"{cache}: cannot be written: {error.strerror}",
+            "name another cache directory with XDG_CACHE_HOME",
+        ) from None
+    with work as name:
+        yield Path(name)
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """Yield a hidden name beside the output; what is left there on the way out is removed."""
+    handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any]) -> None:
+    secret = any(setting.param.type == "secret" for setting in build.settings)
+    partial.chmod(0o600 if secret else 0o644)
+    with _beside(build.report_file) as report_partial:
+        report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report_partial.chmod(0o644)
+        partial.replace(build.output)
+        report_partial.replace(build.report_file)

@@ -1,0 +1,138 @@
+"""Checks a kernel command line on the build host, with the rules that the node applies (lib/anchor-params.sh)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from anchor_build import paramtypes
+from anchor_build.cmdline import Word, split
+from anchor_build.plan import Plan
+from anchor_build.settings import Setting, unknown_parameter
+from anchor_build.stage import PREFIX, Param, Stage
+
+BAKED = "baked in"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that was given for a parameter, under which spelling, and whether on the command line."""
+
+    spelling: str
+    value: str
+    baked: bool = False
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What is wrong, what looks wrong, which stages the node would choose, and its effective values by key."""
+
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    chosen: Mapping[str, str]
+    values: Mapping[str, str]
+
+
+@dataclass
+class _Check:
+    plan: Plan
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    given: dict[str, Given] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+
+
+def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> CheckResult:
+    """Find everything wrong with a kernel command line at once."""
+    state = _Check(plan)
+    for setting in baked:
+        state.given[setting.param.key] = Given(setting.param.key, setting.value, baked=True)
+    words = split(line)
+    roots = [word.value for word in words if word.name == "root"]
+    if not roots or roots[-1] != "anchor":
+        state.errors.append("root=anchor: is missing, so the node would not use anchor at all")
+    spellings = {name: param for _, param in plan.params for name in param.names}
+    for word in words:
+        _take(state, word, spellings)
+    for _, param in plan.params:
+        _normalise(state, param)
+    for kind in ("auth", "image"):
+        stage = _choose(state, kind)
+        if stage is not None:
+            state.chosen[kind] = stage.name
+            _require(state, stage)
+    return CheckResult(tuple(state.errors), tuple(state.warnings), state.chosen, state.values)
+
+
+def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
+    param = spellings.get(word.name)
+    if param is None:
+        if word.name.startswith(PREFIX):
+            state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
+        else:
+            near = difflib.get_close_matches(word.name, spellings, n=1, cutoff=0.85)
+            if near:
+                state.warnings.append(f"{word.name}: is not a parameter of these stages; did you mean {near[0]}?")
+    elif param.type == "bool":
+        state.given[param.key] = Given(word.name, "1" if word.value is None else word.value)
+    elif word.value is None:
+        state.errors.append(f"{word.name}: needs a value: {word.name}=...")
+    elif param.type == "secret":
+        state.errors.append(
+            f"{word.name}: is a secret and every process can read the kernel command line: "
+            f"bake it in with --set {word.name}=@FILE"
+        )
+    else:
+        state.given[param.key] = Given(word.name, word.value)
+
+
+def _normalise(state: _Check, param: Param) -> None:
+    given = state.given.get(param.key)
+    state.values[param.key] = param.default or ""
+    if given is None or given.value == "":
+        return
+    try:
+        state.values[param.key] = paramtypes.check_value(param.type, given.value, param.options)
+    except paramtypes.InvalidValueError as error:
+        state.errors.append(f"{given.spelling}: {error}")
+
+
+def _choose(state: _Check, kind: str) -> Stage | None:
+    stages = state.plan.of_kind(kind)
+    wanted = state.values.get(f"{PREFIX}{kind}", "")
+    if wanted:
+        named = next((stage for stage in stages if stage.name == wanted), None)
+        if named is None:
+            names = ", ".join(stage.name for stage in stages)
+            state.errors.append(f"{PREFIX}{kind}: names no {kind} stage of this initramfs, which has: {names}")
+        return named
+    complete = (s for s in stages if all(state.values[p.key] for p in s.params if p.required))
+    return next(complete, stages[0] if stages else None)
+
+
+def _require(state: _Check, stage: Stage) -> None:
+    for param in stage.params:
+        value = state.values[param.key]
+        if param.required and not value and not _was_wrong(state, param):
+            state.errors.append(f"{param.key}: is required by the stage {stage.name}")
+        if param.source and value:
+            _check_source(state, stage, param, value)
+
+
+def _was_wrong(state: _Check, param: Param) -> bool:
+    """Whether a value was given and refused, which has been said already."""
+    given = state.given.get(param.key)
+    return given is not None and given.value != ""
+
+
+def _check_source(state: _Check, stage: Stage, param: Param, url: str) -> None:
+    scheme = url.partition("://")[0]
+    transport = state.plan.transport_for(scheme)
+    digest = next((p for p in stage.params if p.name == param.digest), None)
+    if transport is None:
+        state.errors.append(f"{param.key}: no transport in this initramfs carries {scheme}://")
+    elif scheme in transport.digest_schemes and not (digest and state.values[digest.key]):
+        remedy = f"add {digest.key}= or use https://" if digest else "use https://"
+        state.errors.append(f"{param.key}: {scheme}:// is not protected: {remedy}")

@@ -1,0 +1,99 @@
+"""The command line: one group whose commands are imported only when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from anchor_build import __version__
+from anchor_build.console import Console
+from anchor_build.errors import AnchorError
+
+# name -> the line that `anchor-build --help` shows; the command itself is anchor_build.commands.<name>.command.
+COMMANDS = {
+    "initramfs": "Build an initramfs that boots a diskless node.",
+    "render": "Write the dracut modules of a plan into a directory.",
+    "stages": "List the stages that can be used.",
+    "show": "Describe one stage and its parameters.",
+    "check": "Check a kernel command line before a node sees it.",
+    "doctor": "Say what this host lacks, and which package has it.",
+    "boot": "Boot a kernel and an initramfs in QEMU and watch the node's steps.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and summaries without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in the order of COMMANDS."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"anchor_build.commands.{cmd_name}").command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"anchor_build.commands.{cmd_name}.command is not a command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse an unknown command with the nearest known one."""
+        import difflib
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else f" Commands: {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command '{args[0]}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands with their summaries from COMMANDS."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog='Shell completion: eval "$(_ANCHOR_BUILD_COMPLETE=bash_source anchor-build)" (also zsh, fish).',
+)
+@click.option("-v", "--verbose", count=True, help="Show what the programs that are run print.")
+@click.option("-q", "--quiet", is_flag=True, help="Show errors and warnings only.")
+@click.version_option(__version__, "-V", "--version", prog_name="anchor-build")
+@click.pass_context
+def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
+    """Build small, verified initramfs images for nodes without a disk.
+
+    \b
+    Examples:
+      anchor-build initramfs --auth acme --image squashfs --ca site-ca.pem -o initramfs.img
+      anchor-build check "root=anchor rd.anchor.acme.server=ca.example rd.anchor.squashfs.url=https://store/i.sqsh"
+      anchor-build boot --kernel vmlinuz --initrd initramfs.img --append "root=anchor ..."
+    """  # noqa: D301 - \b is click's mark for text that must not be wrapped
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other.")
+    ctx.obj = Console(-1 if quiet else verbose)
+
+
+def main(args: list[str] | None = None, **kwargs: Any) -> None:
+    """Run the command line: exit 0 when done, 1 on an expected failure, 2 on wrong usage, 130 on Ctrl-C."""
+    console = Console()
+    try:
+        cli.main(args=args, prog_name="anchor-build", standalone_mode=False, **kwargs)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        console.error("interrupted")
+        sys.exit(130)
+    except AnchorError as error:
+        console.error(error.message, error.hint)
+        sys.exit(error.exit_status)

@@ -1,0 +1,74 @@
+"""`anchor-build check "CMDLINE"`: every error of a kernel command line, before a node meets it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from anchor_build.console import Console
+from anchor_build.options import json_option, registry_of, stage_options
+
+
+@click.command(short_help="Check a kernel command line before a node sees it.")
+@click.argument("cmdline", nargs=-1, required=True)
+@stage_options
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A default that is baked in.")
+@json_option
+@click.pass_obj
+def command(
+    console: Console,
+    cmdline: tuple[str, ...],
+    auth: tuple[str, ...],
+    transport: tuple[str, ...],
+    image: tuple[str, ...],
+    stage_dir: tuple[Path, ...],
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Check CMDLINE as a node would, and say everything that is wrong with it at once.
+
+    Without --auth, --transport and --image every known stage counts as being in the initramfs. CMDLINE may
+    be - to read it from standard input. Exits 0 when it is right and 1 when not.
+
+    \b
+    Examples:
+      anchor-build check "root=anchor acme_server=ca.example squashfs_server=https://store/i.sqsh"
+      anchor-build check --auth acme --image squashfs "$(cat /proc/cmdline)"
+    """  # noqa: D301
+    from anchor_build.check import check_command_line
+    from anchor_build.plan import make_plan, whole_plan
+    from anchor_build.settings import read_settings
+
+    registry = registry_of(stage_dir)
+    named = auth or transport or image
+    plan = make_plan(registry, auth=auth, transport=transport, image=image) if named else whole_plan(registry)
+    line = sys.stdin.read().rstrip("\n") if cmdline == ("-",) else " ".join(cmdline)
+    result = check_command_line(plan, line, read_settings(plan, settings))
+    if as_json:
+        console.json(
+            {
+                "ok": not result.errors,
+                "errors": list(result.errors),
+                "warnings": list(result.warnings),
+                "chosen": dict(result.chosen),
+                "values": {key: value for key, value in result.values.items() if value},
+            }
+        )
+    else:
+        for warning in result.warnings:
+            console.warn(printable(warning))
+        for error in result.errors:
+            console.error(printable(error))
+        if not result.errors:
+            shown = [[key, value] for key, value in sorted(result.values.items()) if value]
+            console.table(["PARAMETER", "VALUE"], [[k, printable(v)] for k, v in shown])
+            console.info(", ".join(f"{kind}: {name}" for kind, name in result.chosen.items()))
+    if result.errors:
+        sys.exit(1)
+
+
+def printable(text: str) -> str:
+    """Replace what could drive a terminal; the command line is not ours."""
+    return "".join(c if c.isprintable() else "?" for c in text)

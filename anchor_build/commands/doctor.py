@@ -1,0 +1,63 @@
+"""`anchor-build doctor`: is this host ready to build and boot."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from anchor_build.console import Console
+from anchor_build.options import json_option, registry_of, stage_options
+
+
+@click.command(short_help="Say what this host lacks, and which package has it.")
+@stage_options
+@json_option
+@click.pass_obj
+def command(
+    console: Console,
+    auth: tuple[str, ...],
+    transport: tuple[str, ...],
+    image: tuple[str, ...],
+    stage_dir: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Look at everything that a build needs on this host, and name the packages of what is missing.
+
+    Without --auth, --transport and --image it looks at what all stages need. Exits 1 when something that a
+    build needs is missing.
+
+    \b
+    Example:
+      anchor-build doctor --auth acme --image squashfs
+    """  # noqa: D301
+    from anchor_build.doctor import examine, package_family, packages
+    from anchor_build.plan import make_plan, whole_plan
+
+    registry = registry_of(stage_dir)
+    named = auth or transport or image
+    plan = make_plan(registry, auth=auth, transport=transport, image=image) if named else whole_plan(registry)
+    findings = examine(plan)
+    lacking = [finding for finding in findings if not finding.ok and finding.needed]
+    install = packages(findings, package_family())
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        console.json({"ok": not lacking, "findings": rows, "packages": install})
+    else:
+        marks = {
+            (True, True): "ok",
+            (True, False): "ok",
+            (False, True): "MISSING",
+            (False, False): "optional",
+        }
+        console.table(
+            ["", "WHAT", "FOUND"],
+            [[marks[finding.ok, finding.needed], finding.what, finding.detail] for finding in findings],
+        )
+        if install:
+            tool = "apt-get install" if package_family() == "deb" else "dnf install"
+            click.echo(f"\nto get what is missing: {tool} {' '.join(install)}")
+    if lacking:
+        sys.exit(1)

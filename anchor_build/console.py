@@ -1,0 +1,107 @@
+"""What a person sees: steps with a live elapsed time on stderr, results on stdout, colour only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+TICK_S = 0.2
+ERASE_LINE = "\r\033[K"
+
+
+@dataclass(frozen=True)
+class Console:
+    """How much to say: `verbosity` is -1 (errors and warnings only), 0, or 1 and more (what children print)."""
+
+    verbosity: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether a line on stderr may be rewritten."""
+        return self.verbosity >= 0 and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Show `title`, its elapsed time while it runs, and how it ended."""
+        started = time.monotonic()
+        done = threading.Event()
+        ticker = threading.Thread(target=self._tick, args=(title, started, done), daemon=True)
+        if self.live:
+            ticker.start()
+        mark, colour = "failed", "red"
+        try:
+            yield
+            mark, colour = "done", "green"
+        finally:
+            done.set()
+            if ticker.ident is not None:
+                ticker.join()
+            elapsed = f"{time.monotonic() - started:.1f} s"
+            if self.verbosity >= 0 or mark == "failed":
+                start = ERASE_LINE if self.live else ""
+                self._say(f"{start}{self.paint(f'{mark:>6}', colour)}  {title}  {self.paint(elapsed, 'bright_black')}")
+
+    def _tick(self, title: str, started: float, done: threading.Event) -> None:
+        while not done.wait(TICK_S):
+            click.echo(f"{ERASE_LINE}   ...  {title}  {time.monotonic() - started:.0f} s", nl=False, err=True)
+
+    def info(self, text: str) -> None:
+        """Say something that only matters to a person watching."""
+        if self.verbosity >= 0:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something that is wanted with -v only."""
+        if self.verbosity >= 1:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Say something that did not stop the work but should be looked at."""
+        self._say(f"{self.paint('warning:', 'yellow')} {text}")
+
+    def error(self, message: str, hint: str = "") -> None:
+        """Say why the command failed and what to do."""
+        self._say(f"{self.paint('error:', 'red')} {message}")
+        if hint:
+            self._say(f"{self.paint('hint:', 'cyan')} {hint}")
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a result as aligned columns on stdout; columns that hold only numbers are right-aligned."""
+        click.echo(format_table(headers, rows))
+
+    def json(self, value: Any) -> None:
+        """Print a result for machines on stdout."""
+        click.echo(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False))
+
+    def paint(self, text: str, colour: str) -> str:
+        """Colour `text` where stderr is a terminal and NO_COLOR (no-color.org) is not set."""
+        if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+            return text
+        return click.style(text, fg=colour)
+
+    def _say(self, text: str) -> None:
+        click.echo(text, err=True, color=None if not os.environ.get("NO_COLOR") else False)
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lay out rows in columns two spaces apart; floats get two decimals."""
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float) or row[i] == "" for row in rows) for i in range(len(headers))
+    ]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+
+    def line(values: Sequence[str]) -> str:
+        pairs = zip(values, widths, numeric, strict=True)
+        return "  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in pairs).rstrip()
+
+    return "\n".join([line(list(headers)), line(["-" * w for w in widths]), *(line(row) for row in cells)])

@@ -1,0 +1,142 @@
+"""Reads what is inside a finished initramfs."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import stat
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build.errors import AnchorError
+from anchor_build.run import run
+
+NEWC_MAGICS = (b"070701", b"070702")
+HEADER_SIZE = 110
+TRAILER = b"TRAILER!!!"
+# First bytes of each compression that the kernel unpacks: lib/decompress.c.
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\x02\x21\x4c\x18": "lz4",
+    b"\x5d\x00\x00": "lzma",
+    b"\x89LZO": "lzo",
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One entry: its path without a leading slash, permission and type bits, size in bytes; content of plain files."""
+
+    path: str
+    mode: int
+    size: int
+    content: bytes
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a plain file."""
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it is a symbolic link; its content is the target."""
+        return stat.S_ISLNK(self.mode)
+
+
+@dataclass(frozen=True)
+class Initramfs:
+    """All members by path, and the compression of the main archive (`none` if it is not compressed)."""
+
+    members: Mapping[str, Member]
+    compression: str
+
+    def resolve(self, path: str) -> Member | None:
+        """Follow symbolic links inside the archive, in any component; None when the path leads nowhere."""
+        todo = [part for part in path.split("/") if part]
+        done: list[str] = []
+        for _ in range(1000):
+            if not todo:
+                return self.members.get("/".join(done))
+            part = todo.pop(0)
+            if part in (".", ".."):
+                if part == ".." and done:
+                    done.pop()
+                continue
+            member = self.members.get("/".join([*done, part]))
+            if member is not None and member.is_link:
+                target = member.content.decode("utf-8", "surrogateescape")
+                if target.startswith("/"):
+                    done = []
+                todo = [piece for piece in target.split("/") if piece] + todo
+            else:
+                done.append(part)
+        return None
+
+
+def read_initramfs(file: Path) -> Initramfs:
+    """Read an initramfs: an uncompressed early archive, if there is one, and the main one.
+
+    Raises AnchorError when it is not readable as what the kernel would accept.
+    """
+    data = file.read_bytes()
+    members: dict[str, Member] = {}
+    compression = "none"
+    while data:
+        kind = _compression(data)
+        if kind:
+            compression, data = kind, _decompress(file, data, kind)
+        if not data.startswith(NEWC_MAGICS):
+            raise AnchorError(f"{file}: is not an initramfs: neither cpio nor a known compression")
+        data = _read_archive(file, data, members)
+    return Initramfs(members, compression)
+
+
+def _read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
+    """Read one newc archive into `members`; return what follows it, padding removed.
+
+    The format is that of Documentation/driver-api/early-userspace/buffer-format.rst: a header of 110 characters,
+    six of magic and thirteen numbers of eight hexadecimal digits; name and content are padded to four bytes.
+    """
+    position = 0
+    while data[position : position + 6] in NEWC_MAGICS:
+        try:
+            fields = [int(data[position + 6 + 8 * n : position + 14 + 8 * n], 16) for n in range(13)]
+        except ValueError:
+            break
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        start = (position + HEADER_SIZE + name_size + 3) & ~3
+        name = data[position + HEADER_SIZE : position + HEADER_SIZE + name_size - 1]
+        if name == TRAILER:
+            return data[start:].lstrip(b"\0")
+        path = name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
+        members[path] = Member(path, mode, size, data[start : start + size])
+        position = (start + size + 3) & ~3
+    raise AnchorError(f"{file}: the archive is cut off or damaged at byte {position}", "build it again")
+
+
+def _compression(data: bytes) -> str | None:
+    return next((name for magic, name in COMPRESSIONS.items() if data.startswith(magic)), None)
+
+
+def _decompress(file: Path, data: bytes, kind: str) -> bytes:
+    try:
+        if kind == "gzip":
+            return gzip.decompress(data)
+        if kind in ("xz", "lzma"):
+            return lzma.decompress(data)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
+    if kind not in ("zstd", "lz4", "bzip2"):
+        raise AnchorError(f"{file}: cannot read {kind} compression")
+    with tempfile.TemporaryDirectory(prefix="anchor-build-") as work:
+        packed, plain = Path(work, "packed"), Path(work, "plain")
+        packed.write_bytes(data)
+        with plain.open("wb") as sink:
+            run([kind, "-d", "-q", "-c", packed], stdout=sink)
+        return plain.read_bytes()

@@ -1,0 +1,117 @@
+"""What this host lacks for building and booting, and which package has it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build import dracut
+from anchor_build.errors import AnchorError
+from anchor_build.kernel import installed_releases
+from anchor_build.plan import Plan
+from anchor_build.run import which
+from anchor_build.stage import Binary
+
+TOOLS = (
+    Binary("cpio", "cpio", "cpio"),
+    Binary("zstd", "zstd", "zstd"),
+    Binary("ldd", "glibc-common", "libc-bin"),
+)
+QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `needed` tells a missing necessity from a missing convenience."""
+
+    what: str
+    ok: bool
+    detail: str
+    needed: bool = True
+    rpm: str = ""
+    deb: str = ""
+
+
+def examine(plan: Plan) -> list[Finding]:
+    """Look at everything that building this plan here needs."""
+    findings = [_dracut()]
+    findings += [_program("build tool", binary) for binary in TOOLS]
+    findings += [_program(stage.id, binary) for stage in plan.all for binary in stage.binaries]
+    findings += [_dracut_module(name, stage.id) for stage in plan.all for name in stage.dracut if name[-1] != "?"]
+    findings += [
+        _systemd_networkd(),
+        _kernels(),
+        _program("boot", QEMU, needed=False),
+        _root(),
+        _work_space(),
+    ]
+    return findings
+
+
+def packages(findings: Sequence[Finding], family: str) -> list[str]:
+    """Return the packages of what is missing, for `deb` or `rpm`."""
+    return sorted({getattr(f, family) for f in findings if not f.ok and getattr(f, family)})
+
+
+def package_family() -> str:
+    """Return `deb` or `rpm`, by the package manager of this host."""
+    return "deb" if which("apt-get") else "rpm"
+
+
+def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
+    path = which(binary.name)
+    detail = str(path) if path else "not found"
+    return Finding(f"{owner}: {binary.name}", path is not None, detail, needed, binary.rpm, binary.deb)
+
+
+def _dracut() -> Finding:
+    try:
+        found = dracut.find_dracut()
+    except AnchorError as error:
+        return Finding("dracut", False, error.message, True, "dracut", "dracut-core")
+    return Finding("dracut", True, f"{found.program}, version {found.version_text}")
+
+
+def _dracut_module(name: str, owner: str) -> Finding:
+    label = f"{owner}: dracut module {name}"
+    try:
+        there = dracut.find_dracut().has_module(name)
+    except AnchorError:
+        there = False
+    package = "dracut-network" if name == "network" else "dracut"
+    deb = "dracut-network" if name == "network" else "dracut-core"
+    return Finding(label, there, "installed" if there else "not found", True, package, deb)
+
+
+def _systemd_networkd() -> Finding:
+    there = Path("/", dracut.NETWORKD).exists()
+    detail = "present" if there else "missing: dracut falls back to a slower network module"
+    return Finding("systemd-networkd", there, detail, False, "systemd-networkd", "systemd")
+
+
+def _kernels() -> Finding:
+    releases = installed_releases()
+    detail = f"newest {releases[-1]}" if releases else "none here: name one with --kernel FILE --modules DIR"
+    return Finding("kernel with modules", bool(releases), detail, False, "kernel", "linux-image-amd64")
+
+
+def _root() -> Finding:
+    root = os.geteuid() == 0
+    return Finding("root", root, "yes" if root else "no: dracut may not read all that it copies", False)
+
+
+def _work_space() -> Finding:
+    from anchor_build.build import cache_directory
+
+    cache = cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache):
+            free = os.statvfs(cache)
+    except OSError as error:
+        return Finding("cache directory", False, f"{cache}: {error.strerror}")
+    megabytes = free.f_bavail * free.f_frsize // 1_000_000
+    return Finding("cache directory", megabytes >= 500, f"{cache}, {megabytes} MB free (500 MB are enough)")

@@ -1,0 +1,141 @@
+"""How dracut is asked for an initramfs: its version, a private base directory, its configuration and arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build.errors import AnchorError
+from anchor_build.kernel import Kernel
+from anchor_build.plan import Plan
+from anchor_build.render import RenderedModule, write_modules
+from anchor_build.run import run, which
+
+BASE = Path("/usr/lib/dracut")
+# What every one of these builds needs besides the stages' own modules, where this dracut has it.
+SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd", "systemd-networkd")
+NETWORKD = Path("usr/lib/systemd/systemd-networkd")
+
+
+@dataclass(frozen=True)
+class Dracut:
+    """An installed dracut: its program, its base directory and its version as a number such as 59 or 106."""
+
+    program: Path
+    base: Path
+    version: int
+    version_text: str
+
+    def has_module(self, name: str) -> bool:
+        """Whether a module of this name is installed, whatever its number."""
+        return any((self.base / "modules.d").glob(f"[0-9][0-9]{name}"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of dracut; every path in it exists but `output`."""
+
+    kernel: Kernel
+    modules: tuple[str, ...]
+    drivers: tuple[str, ...]
+    compress: str
+    base: Path
+    config: Path
+    work: Path
+    output: Path
+
+
+def find_dracut() -> Dracut:
+    """Find dracut on this host; raises AnchorError when there is none or it does not tell its version."""
+    program = which("dracut")
+    if program is None or not BASE.is_dir():
+        raise AnchorError("dracut is not installed", "install dracut-core (deb) or dracut (rpm)")
+    script = BASE / "dracut-version.sh"
+    text = script.read_text(encoding="utf-8") if script.is_file() else run([program, "--version"]).stdout
+    found = re.search(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)", text)
+    if found is None:
+        raise AnchorError(f"cannot tell the version of {program}", f"{script} holds: {text.strip()[:200]}")
+    return Dracut(program, BASE, int(found[1]), found[1] + found[2])
+
+
+def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:
+    """Return the dracut modules to name: ours, and systemd with networkd where both are installed.
+
+    networkd starts seconds before the other network modules do; where it is missing, dracut's own choice stands.
+    """
+    ours = tuple(stage.module for stage in plan.all)
+    if (Path("/") / NETWORKD).exists() and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
+        return (*SYSTEMD_MODULES, *ours)
+    return ours
+
+
+def choose_compression(kernel: Kernel) -> str:
+    """Return the compression command: zstd, or gzip where the kernel cannot unpack zstd."""
+    if kernel.unpacks("zstd"):
+        return "zstd -3 -T0 -q"
+    return "pigz -6" if which("pigz") else "gzip -6"
+
+
+def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path) -> None:
+    """Make a private base directory: links to the installed dracut, and the rendered modules among its modules.
+
+    A build thus needs no installed module and writes nothing below /usr.
+    """
+    tree = directory / "modules.d"
+    tree.mkdir(parents=True)
+    for path in sorted(dracut.base.iterdir()):
+        if path.name not in ("modules.d", "dracut.conf.d"):
+            (directory / path.name).symlink_to(path)
+    (directory / "dracut.conf.d").mkdir()
+    ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
+    for path in sorted((dracut.base / "modules.d").iterdir()):
+        # An older installed copy of one of our modules must not win over the rendered one.
+        if re.sub(r"^[0-9]+", "", path.name) not in ours:
+            (tree / path.name).symlink_to(path)
+    write_modules(tuple(modules), tree)
+
+
+def configuration() -> str:
+    """Return the text of the configuration that replaces the host's, so that builds do not depend on it."""
+    return "\n".join(
+        [
+            "# Log to standard error only; the host's own configuration is not read.",
+            "sysloglvl=0",
+            "fileloglvl=0",
+            "kmsgloglvl=0",
+            "show_modules=no",
+            "",
+        ]
+    )
+
+
+def arguments(dracut: Dracut, request: Request) -> list[str]:
+    """Return the argument vector: generic, reproducible, and only the modules that are named."""
+    argv = [
+        str(dracut.program),
+        "--force",
+        "--no-hostonly",
+        "--no-hostonly-cmdline",
+        "--reproducible",
+        "--no-early-microcode",
+        "--nofscks",
+        "--conf",
+        str(request.config),
+        "--confdir",
+        str(request.config.parent / "dracut.conf.d"),
+        "--tmpdir",
+        str(request.work),
+        "--kmoddir",
+        str(request.kernel.modules),
+        "--kver",
+        request.kernel.release,
+        "--compress",
+        request.compress,
+        "--modules",
+        " ".join(request.modules),
+    ]
+    if request.drivers:
+        argv += ["--add-drivers", " ".join(request.drivers)]
+    return [*argv, str(request.output)]

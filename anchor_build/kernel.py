@@ -1,0 +1,145 @@
+"""Which kernel an initramfs is for: its release, its modules, and what it can unpack."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build.errors import AnchorError
+
+MODULE_TREES = (Path("/lib/modules"), Path("/usr/lib/modules"))
+RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*")
+# Offsets of the x86 boot protocol: Documentation/arch/x86/boot.rst, "HdrS" and kernel_version.
+SETUP_MAGIC = (0x202, b"HdrS")
+VERSION_POINTER = 0x20E
+SETUP_START = 0x200
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel release, its modules directory, and the kernel image if one was named."""
+
+    release: str
+    modules: Path
+    image: Path | None = None
+
+    def driver_names(self) -> frozenset[str]:
+        """Return the names of all loadable modules, with `_` for `-`."""
+        dep = self.modules / "modules.dep"
+        return frozenset(_module_name(line.partition(":")[0]) for line in _lines(dep))
+
+    def builtin_names(self) -> frozenset[str]:
+        """Return the names of the drivers that are part of the kernel itself."""
+        return frozenset(_module_name(line) for line in _lines(self.modules / "modules.builtin"))
+
+    def unpacks(self, compression: str) -> bool:
+        """Say whether this kernel can unpack an initramfs compressed so: by its configuration, else by its version."""
+        places = [self.modules / "config", Path(f"/boot/config-{self.release}")]
+        if self.image is not None:
+            places.insert(0, self.image.parent / f"config-{self.release}")
+        for place in places:
+            if place.is_file():
+                wanted = f"CONFIG_RD_{compression.upper()}=y"
+                return wanted in place.read_text(encoding="utf-8", errors="replace").splitlines()
+        return compression != "zstd" or version_key(self.release) >= version_key("5.9")
+
+
+def _module_name(path: str) -> str:
+    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def version_key(release: str) -> tuple[tuple[int, int | str], ...]:
+    """Order releases as people do: runs of digits by value, so that 1062 comes after 957; `~` and `-rc` before."""
+    parts: list[tuple[int, int | str]] = []
+    for piece in re.findall(r"[0-9]+|~|[A-Za-z]+", release.replace("-rc", "~rc")):
+        if piece.isdigit():
+            parts.append((2, int(piece)))
+        else:
+            parts.append((-1, "") if piece == "~" else (1, piece))
+    return (*parts, (0, ""))
+
+
+def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
+    """Find a kernel by release or by the path of its image; without either, the newest one of this host.
+
+    `modules` names the modules directory when it is not where the distribution puts it. Raises AnchorError
+    with a list of what there is.
+    """
+    image = Path(wanted) if wanted and "/" in wanted else None
+    if image is not None and not image.is_file():
+        raise AnchorError(f"--kernel {image}: no such file")
+    if modules is not None:
+        release = modules.resolve().name
+    elif image is not None:
+        release = release_of(image)
+    elif wanted:
+        release = wanted
+    else:
+        release = _newest_release()
+    if not RELEASE.fullmatch(release):
+        raise AnchorError(
+            f"{release!r} is not a kernel release",
+            "--modules names a directory such as …/lib/modules/6.1.0-18-amd64",
+        )
+    return Kernel(release, _find_modules(release, image, modules), image)
+
+
+def release_of(image: Path) -> str:
+    """Read the release from an x86 kernel image; raises AnchorError when it is none."""
+    with image.open("rb") as file:
+        head = file.read(0x8000)
+    offset, magic = SETUP_MAGIC
+    pointer = int.from_bytes(head[VERSION_POINTER : VERSION_POINTER + 2], "little") + SETUP_START
+    if head[offset : offset + 4] != magic or pointer >= len(head):
+        raise AnchorError(
+            f"--kernel {image}: is not an x86 Linux kernel image",
+            "name its modules directory with --modules DIR",
+        )
+    return head[pointer : pointer + 256].split(b"\0")[0].decode("ascii", "replace").split(" ")[0]
+
+
+def _newest_release() -> str:
+    found = installed_releases()
+    if not found:
+        raise AnchorError(
+            "this host has no kernel with modules",
+            "install one, or name another with --kernel FILE and --modules DIR",
+        )
+    return found[-1]
+
+
+def installed_releases() -> list[str]:
+    """Return the releases whose modules are installed on this host, oldest first."""
+    names = {
+        path.name
+        for tree in MODULE_TREES
+        if tree.is_dir()
+        for path in tree.iterdir()
+        if (path / "modules.dep").is_file()
+    }
+    return sorted(names, key=version_key)
+
+
+def _find_modules(release: str, image: Path | None, modules: Path | None) -> Path:
+    if modules is not None:
+        candidates = [modules.resolve()]
+    else:
+        roots = [image.resolve().parent.parent] if image is not None else []
+        candidates = [root / sub / release for root in roots for sub in ("lib/modules", "usr/lib/modules")]
+        candidates += [tree / release for tree in MODULE_TREES]
+    for candidate in candidates:
+        if (candidate / "modules.dep").is_file():
+            return candidate
+    there = ", ".join(installed_releases()) or "none"
+    raise AnchorError(
+        f"kernel {release}: no modules (modules.dep) in {', '.join(str(c) for c in candidates)}",
+        f"kernels of this host: {there}; another modules directory is named with --modules DIR",
+    )

@@ -1,0 +1,68 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from anchor_build.registry import Registry, load_registry
+from anchor_build.stage import KINDS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def complete_stage(
+    kind: str,
+) -> Callable[[click.Context, click.Parameter, str], list[click.shell_completion.CompletionItem]]:
+    """Return a shell completion over the names of one kind of stage."""
+
+    def complete(
+        ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        registry = load_registry(ctx.params.get("stage_dir") or ())
+        stages = registry.of_kind(kind) if kind else registry.stages
+        names = [(stage.name if kind else stage.id, stage.summary) for stage in stages]
+        return [CompletionItem(name, help=summary) for name, summary in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def stage_dir_option(function: F) -> F:
+    """Add --stage-dir."""
+    return click.option(
+        "--stage-dir",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        multiple=True,
+        is_eager=True,
+        help="A stage of your own, or a directory of them; may be repeated.",
+    )(function)
+
+
+def stage_options(function: F) -> F:
+    """Add --auth, --transport, --image and --stage-dir."""
+    defaults = {"auth": "none", "transport": "https", "image": ""}
+    for kind in reversed(KINDS):
+        default = f" Default: {defaults[kind]}." if defaults[kind] else ""
+        function = click.option(
+            f"--{kind}",
+            multiple=True,
+            metavar="STAGE",
+            shell_complete=complete_stage(kind),
+            help=f"An {kind} stage to include; may be repeated.{default}".replace("An transport", "A transport"),
+        )(function)
+    return stage_dir_option(function)
+
+
+def json_option(function: F) -> F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def registry_of(stage_dir: Sequence[Path]) -> Registry:
+    """Load the stages that the options give access to."""
+    return load_registry(tuple(stage_dir))

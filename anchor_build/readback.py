@@ -1,0 +1,142 @@
+"""Reads a finished initramfs back: is everything inside that the stages promise, and whose bytes are they."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from anchor_build.cpio import Initramfs, Member
+from anchor_build.kernel import Kernel
+from anchor_build.plan import Plan
+from anchor_build.render import RenderedModule, installed_files
+from anchor_build.run import run, which
+from anchor_build.stage import Stage
+
+PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "bin", "sbin")
+HOOK_TREES = ("lib/dracut/hooks", "usr/lib/dracut/hooks", "var/lib/dracut/hooks")
+HOOKS = {
+    "cmdline": "20-hook-cmdline.sh",
+    "pre-mount": "50-hook-pre-mount.sh",
+    "cleanup": "90-hook-cleanup.sh",
+}
+
+
+def missing(
+    initramfs: Initramfs,
+    plan: Plan,
+    modules: tuple[RenderedModule, ...],
+    kernel: Kernel,
+    site: Mapping[str, bytes],
+) -> list[str]:
+    """Return one line for each promised thing that is not inside, or not as promised.
+
+    `site` holds the prepared files of /etc/anchor by name.
+    """
+    problems: list[str] = []
+    drivers = {
+        _driver_name(path) for path in initramfs.members if ".ko" in path.rpartition("/")[2]
+    } | kernel.builtin_names()
+    for stage, module in zip(plan.all, modules, strict=True):
+        for binary in stage.binaries:
+            if find_program(initramfs, binary.name) is None:
+                problems.append(f"{stage.id}: the program {binary.name} is not inside")
+        for driver in stage.drivers:
+            if not driver.startswith("=") and driver.replace("-", "_") not in drivers:
+                problems.append(f"{stage.id}: the driver {driver} is not inside")
+        for source, target, mode in installed_files(stage):
+            problems += _compare(initramfs, stage.id, target, module.files[source].content, mode)
+    for name, content in site.items():
+        problems += _compare(initramfs, "anchor", f"/etc/anchor/{name}", content, None)
+    for hook, name in HOOKS.items():
+        if not any(initramfs.resolve(f"{tree}/{hook}/{name}") for tree in HOOK_TREES):
+            problems.append(f"anchor: the {hook} hook is not inside")
+    return problems
+
+
+def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode: int | None) -> list[str]:
+    member = initramfs.resolve(target)
+    if member is None:
+        return [f"{owner}: {target} is not inside"]
+    if member.content != content:
+        return [f"{owner}: {target} is inside with other content"]
+    if mode is not None and member.mode & 0o7777 != mode:
+        return [f"{owner}: {target} has mode {member.mode & 0o7777:04o} instead of {mode:04o}"]
+    return []
+
+
+def find_program(initramfs: Initramfs, name: str) -> Member | None:
+    """Return a program's file, found as PATH would find it."""
+    found = (initramfs.resolve(f"{directory}/{name}") for directory in PROGRAM_DIRECTORIES)
+    return next((member for member in found if member is not None and member.is_file), None)
+
+
+def _driver_name(path: str) -> str:
+    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Sizes in bytes before compression: by owner, and the largest files; `drivers` names the kernel modules."""
+
+    by_owner: Mapping[str, int]
+    largest: tuple[tuple[str, int], ...]
+    files: int
+    total: int
+    drivers: tuple[str, ...]
+
+
+def measure(initramfs: Initramfs, plan: Plan, kernel: Kernel) -> Contents:
+    """Say whose the bytes are: a file belongs to the first stage that needs it, the rest to the base system."""
+    depends = _driver_dependencies(kernel)
+    owners: dict[str, str] = {}
+    for stage in plan.all:
+        for path in _claims(initramfs, stage, depends):
+            owners.setdefault(path, stage.id)
+    sizes: dict[str, int] = {stage.id: 0 for stage in plan.all}
+    drivers = []
+    for path, member in initramfs.members.items():
+        is_driver = ".ko" in path.rpartition("/")[2]
+        if is_driver:
+            drivers.append(_driver_name(path))
+        if member.is_file:
+            owner = owners.get(path, "other drivers" if is_driver else "base system")
+            sizes[owner] = sizes.get(owner, 0) + member.size
+    files = [(path, member.size) for path, member in initramfs.members.items() if member.is_file]
+    files.sort(key=lambda item: (-item[1], item[0]))
+    return Contents(sizes, tuple(files[:10]), len(files), sum(sizes.values()), tuple(sorted(drivers)))
+
+
+def _claims(initramfs: Initramfs, stage: Stage, depends: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    targets = [target for _, target, _ in installed_files(stage)]
+    programs = [find_program(initramfs, binary.name) for binary in stage.binaries]
+    yield from (member.path for target in targets if (member := initramfs.resolve(target)))
+    yield from (member.path for member in programs if member)
+    for library in _libraries(stage):
+        member = initramfs.resolve(library)
+        if member:
+            yield member.path
+    wanted = {driver.replace("-", "_") for driver in stage.drivers}
+    wanted |= {name for driver in wanted for name in depends.get(driver, ())}
+    yield from (path for path in initramfs.members if ".ko" in path and _driver_name(path) in wanted)
+
+
+def _libraries(stage: Stage) -> list[str]:
+    """Return the shared libraries of a stage's programs, from ldd of the host's copies."""
+    programs = [str(path) for binary in stage.binaries if (path := which(binary.name))]
+    if not programs:
+        return []
+    text = run(["ldd", *programs], check=False).stdout
+    return sorted(set(re.findall(r"(?:=> |^\s+)(/\S+) \(0x", text, re.MULTILINE)))
+
+
+def _driver_dependencies(kernel: Kernel) -> dict[str, tuple[str, ...]]:
+    text = (kernel.modules / "modules.dep").read_text(encoding="utf-8")
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {_driver_name(name): tuple(_driver_name(path) for path in rest.split()) for name, _, rest in pairs}
+
+
+def sha256(data: bytes) -> str:
+    """Return the digest as hexadecimal text."""
+    return hashlib.sha256(data).hexdigest()

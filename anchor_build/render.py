@@ -1,0 +1,176 @@
+"""Turn a plan into dracut modules: pure text, derived from each stage's declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from anchor_build import __version__, paramtypes
+from anchor_build.errors import AnchorError
+from anchor_build.plan import Plan
+from anchor_build.registry import data_directory
+from anchor_build.stage import Param, Stage, shell_word
+
+# dracut runs modules by number; 50 to 59 are for third parties. The core comes first.
+CORE_NUMBER = 50
+KIND_NUMBERS = {"auth": 51, "transport": 52, "image": 53}
+
+NODE_LIB = "/usr/lib/anchor/lib"
+NODE_STAGES = "/usr/lib/anchor/stages"
+CORE_FILES = (
+    "hook-cmdline.sh",
+    "hook-pre-mount.sh",
+    "hook-cleanup.sh",
+    "anchor-ready.service",
+    "anchor.network",
+)
+CORE_NETWORK_TARGET = "/etc/systemd/network/zz-anchor.network"
+
+
+@dataclass(frozen=True)
+class RenderedFile:
+    """One file of a module; `mode` is its permission bits."""
+
+    content: bytes
+    mode: int
+
+
+@dataclass(frozen=True)
+class RenderedModule:
+    """A dracut module directory: its name such as 51anchor-auth-acme, and its files by name."""
+
+    name: str
+    stage: Stage
+    files: Mapping[str, RenderedFile]
+
+
+def module_directory(stage: Stage) -> str:
+    """Return the name of a stage's module directory, number included."""
+    return f"{CORE_NUMBER if stage.is_core else KIND_NUMBERS[stage.kind]}{stage.module}"
+
+
+def stage_directory(stage: Stage) -> str:
+    """Return where a stage's shell functions are on the node; the number makes globbing yield the order of choice."""
+    return f"{NODE_STAGES}/{stage.kind}/{stage.order:02d}-{stage.name}"
+
+
+def installed_files(stage: Stage) -> tuple[tuple[str, str, int], ...]:
+    """Return what a stage's module installs on the node: file in the module, path on the node, permission bits."""
+    where = stage_directory(stage)
+    found = [(lib, f"{NODE_LIB}/{lib}", 0o644) for lib in stage.libs]
+    found += [(file.source, file.target, int(file.mode, 8)) for file in stage.files]
+    found.append(("params.sh", f"{where}/params.sh", 0o644))
+    found.append(
+        ("version", "/etc/anchor/version", 0o644) if stage.is_core else ("stage.sh", f"{where}/stage.sh", 0o644)
+    )
+    return tuple(found)
+
+
+def render_plan(plan: Plan) -> tuple[RenderedModule, ...]:
+    """Render the core and every stage of a plan.
+
+    Raises AnchorError when a file that a declaration names does not exist.
+    """
+    return tuple(render_module(stage) for stage in plan.all)
+
+
+def render_module(stage: Stage) -> RenderedModule:
+    """Render one stage's dracut module."""
+    environment = _environment()
+    context = _context(stage)
+    files = {
+        "module-setup.sh": _text(environment.get_template("module-setup.sh.j2").render(context), 0o755),
+        "params.sh": _text(environment.get_template("params.sh.j2").render(context), 0o644),
+    }
+    for lib in stage.libs:
+        files[lib] = RenderedFile(_find_lib(stage, lib).read_bytes(), 0o644)
+    for file in stage.files:
+        files[file.source] = RenderedFile((stage.directory / file.source).read_bytes(), int(file.mode, 8))
+    if stage.is_core:
+        files["version"] = _text(f"{__version__}\n", 0o644)
+        for name in CORE_FILES:
+            mode = 0o755 if name.startswith("hook-") else 0o644
+            files[name] = RenderedFile((stage.directory / name).read_bytes(), mode)
+    else:
+        files["stage.sh"] = RenderedFile(stage.script.read_bytes(), 0o644)
+    return RenderedModule(module_directory(stage), stage, files)
+
+
+def write_modules(modules: tuple[RenderedModule, ...], directory: Path) -> None:
+    """Write module directories below `directory`, which exists."""
+    for module in modules:
+        target = directory / module.name
+        target.mkdir()
+        target.chmod(0o755)
+        for name, file in module.files.items():
+            path = target / name
+            path.write_bytes(file.content)
+            path.chmod(file.mode)
+
+
+def _text(text: str, mode: int) -> RenderedFile:
+    return RenderedFile(text.encode(), mode)
+
+
+def _find_lib(stage: Stage, name: str) -> Path:
+    """Return a shell library: the stage's own, or the project's."""
+    for path in (stage.directory / name, data_directory() / "lib" / name):
+        if path.is_file():
+            return path
+    raise AnchorError(f"{stage.directory / 'stage.toml'}: stage.libs: {name} is neither beside it nor in lib/")
+
+
+def _context(stage: Stage) -> dict[str, Any]:
+    core = data_directory() / "dracut-modules" / "anchor"
+    return {
+        "stage": stage,
+        "word": f"{stage.kind}_{stage.word}",
+        "required": [param for param in stage.params if param.required],
+        "sources": [param for param in stage.params if param.source],
+        "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
+        "installed": [(source, target) for source, target, _ in installed_files(stage)],
+        "core_install": (core / "install-core.sh").read_text(encoding="utf-8").rstrip() if stage.is_core else "",
+    }
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data_directory() / "dracut-modules" / "anchor"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="<#",  # ${#array[@]} is shell
+        comment_end_string="#>",
+        autoescape=False,  # noqa: S701 - the output is shell, and every value goes through the sh filter
+    )
+    environment.filters["sh"] = _quote
+    environment.filters["word"] = shell_word
+    environment.filters["type_arguments"] = _type_arguments
+    environment.filters["digest_arguments"] = _digest_arguments
+    return environment
+
+
+def _quote(text: str) -> str:
+    """Quote for the shell, always with quotes, so that an empty value is visible."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _type_arguments(param: Param) -> str:
+    """Return what follows the value in a call of the type's check, with a leading space if anything does."""
+    return "".join(f" {_quote(word)}" for word in paramtypes.shell_arguments(param.type, param.options))
+
+
+def _digest_arguments(param: Param) -> str:
+    """Return the digest's value and key for anchor_param_source."""
+    if param.digest is None:
+        return '"" ""'
+    prefix, _, _ = param.variable.rpartition(shell_word(param.name))
+    key = param.key.removesuffix(param.name) + param.digest
+    return f'"${prefix}{shell_word(param.digest)}" {key}'

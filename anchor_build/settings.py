@@ -1,0 +1,90 @@
+"""The site's settings for a build: its CA, and parameter values that are baked in as defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build import paramtypes
+from anchor_build.errors import AnchorError, UsageError
+from anchor_build.plan import Plan
+from anchor_build.stage import Param
+
+SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A baked-in default: a parameter and its value as on a command line."""
+
+    param: Param
+    value: str
+
+    @property
+    def shown(self) -> str:
+        """The value for people and reports; a secret is not shown."""
+        return "(secret)" if self.param.type == "secret" else self.value
+
+
+def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:
+    """Read `KEY=VALUE` and `KEY=@FILE` (the file's text, final newline removed); the last of a key counts.
+
+    Raises UsageError with every problem at once.
+    """
+    params = {name: param for _, param in plan.params for name in param.names}
+    found: dict[str, Setting] = {}
+    problems = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        param = params.get(name)
+        if not equals:
+            problems.append(f"--set {name}: has no value: --set KEY=VALUE or KEY=@FILE")
+        elif param is None:
+            problems.append(f"--set {name}: {unknown_parameter(name, list(params))}")
+        else:
+            try:
+                raw = _read_value(value)
+                paramtypes.check_value(param.type, raw, param.options)
+                found[param.key] = Setting(param, raw)
+            except (paramtypes.InvalidValueError, OSError, UnicodeDecodeError) as error:
+                problems.append(f"--set {name}: {error}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return tuple(found[key] for key in sorted(found))
+
+
+def _read_value(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
+
+
+def unknown_parameter(name: str, known: Sequence[str]) -> str:
+    """Say that a parameter does not exist, with the nearest one that does."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return "is not a parameter of these stages" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def read_ca(path: Path | None) -> tuple[bytes, str]:
+    """Return the CA bundle to bake in and a warning, empty when the site named its own.
+
+    Raises AnchorError when the file is unreadable, holds no certificate, or holds a private key.
+    """
+    if path is None:
+        for bundle in SYSTEM_BUNDLES:
+            if bundle.is_file():
+                return bundle.read_bytes(), "no --ca: nodes trust every public CA that this host trusts"
+        raise AnchorError("no --ca, and this host has no CA bundle of its own", "name the site's CA with --ca FILE")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise AnchorError(f"--ca {path}: cannot be read: {error.strerror}") from None
+    if re.search(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----", data):
+        raise AnchorError(f"--ca {path}: holds a private key", "a CA bundle holds certificates only")
+    if not re.search(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----", data):
+        raise AnchorError(f"--ca {path}: holds no certificate in PEM form")
+    return data, ""

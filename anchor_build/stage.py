@@ -1,0 +1,357 @@
+"""A stage: one pluggable unit of the boot, declared once in its directory's stage.toml."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchor_build import paramtypes
+from anchor_build.errors import InvalidFilesError
+
+API = 1
+KINDS = ("auth", "transport", "image")
+PREFIX = "rd.anchor."
+DECLARATION = "stage.toml"
+SCRIPT = "stage.sh"
+
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+CORE_PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)?")
+ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
+PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
+DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
+DRIVER = re.compile(r"=?[A-Za-z0-9][A-Za-z0-9_/-]*")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+TARGET = re.compile(r"(/[A-Za-z0-9_][A-Za-z0-9._+-]*)+")
+MODE = re.compile(r"0[0-7]{3}")
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+
+
+def shell_word(name: str) -> str:
+    """Turn a stage's or parameter's name into the form it has in shell variables and functions."""
+    return re.sub(r"[.-]", "_", name)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One typed kernel command-line option; `default` is already normalised, None when there is none."""
+
+    name: str
+    key: str
+    variable: str
+    type: str
+    help: str
+    required: bool = False
+    default: str | None = None
+    alias: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    source: bool = False
+    digest: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every spelling that a command line may use, the present one first."""
+        return (self.key, *self.alias)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A program that a stage needs on the node, and the packages that have it."""
+
+    name: str
+    rpm: str
+    deb: str
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """A file of the stage's directory that is installed on the node; `mode` is octal text such as 0644."""
+
+    source: str
+    target: str
+    mode: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that a stage.toml says; `origin` tells people where it came from."""
+
+    kind: str
+    name: str
+    summary: str
+    directory: Path
+    origin: str
+    order: int = 50
+    dracut: tuple[str, ...] = ()
+    drivers: tuple[str, ...] = ()
+    libs: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
+    digest_schemes: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    binaries: tuple[Binary, ...] = ()
+    files: tuple[StageFile, ...] = ()
+    params: tuple[Param, ...] = ()
+
+    @property
+    def is_core(self) -> bool:
+        """Whether this is the core, which every plan holds."""
+        return self.kind == "core"
+
+    @property
+    def id(self) -> str:
+        """`auth-acme`; the core is just `anchor`."""
+        return self.name if self.is_core else f"{self.kind}-{self.name}"
+
+    @property
+    def module(self) -> str:
+        """The name of its dracut module, without the number."""
+        return self.name if self.is_core else f"anchor-{self.id}"
+
+    @property
+    def word(self) -> str:
+        """The name as it stands in shell functions: `anchor_<word>_run`."""
+        return shell_word(self.name)
+
+    @property
+    def script(self) -> Path:
+        """The stage's shell functions."""
+        return self.directory / SCRIPT
+
+
+class _Table:
+    """Reads one TOML table, collecting every problem as `file: key: reason` instead of stopping at the first."""
+
+    def __init__(self, data: Mapping[str, Any], where: str, file: Path, problems: list[str]) -> None:
+        self.data = dict(data)
+        self.where = where
+        self.file = file
+        self.problems = problems
+
+    def problem(self, key: str, reason: str) -> None:
+        dotted = f"{self.where}.{key}" if key else self.where
+        self.problems.append(f"{self.file}: {dotted}: {reason}")
+
+    def text(
+        self, key: str, pattern: re.Pattern[str] | None = None, *, required: bool = False, default: str = ""
+    ) -> str:
+        value = self.data.pop(key, None)
+        if value is None:
+            if required:
+                self.problem(key, "is missing")
+            return default
+        if not isinstance(value, str) or not value.strip():
+            self.problem(key, "is not a text")
+            return default
+        if pattern is not None and not pattern.fullmatch(value):
+            self.problem(key, f"{value!r} does not match {pattern.pattern}")
+        if any(ord(c) < 32 for c in value):
+            self.problem(key, "holds control characters")
+        return value
+
+    def texts(self, key: str, pattern: re.Pattern[str]) -> tuple[str, ...]:
+        value = self.data.pop(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.problem(key, "is not a list of texts")
+            return ()
+        for item in value:
+            if not pattern.fullmatch(item):
+                self.problem(key, f"{item!r} does not match {pattern.pattern}")
+        if len(set(value)) != len(value):
+            self.problem(key, "names something twice")
+        return tuple(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.data.pop(key, False)
+        if not isinstance(value, bool):
+            self.problem(key, "is not true or false")
+            return False
+        return value
+
+    def number(self, key: str, default: int) -> int:
+        value = self.data.pop(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 99:
+            self.problem(key, "is not a whole number from 0 to 99")
+            return default
+        return value
+
+    def tables(self, key: str) -> list[_Table]:
+        value = self.data.pop(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self.problem(key, "is not a list of tables")
+            return []
+        return [
+            _Table(item, f"{self.where}.{key}[{n}]" if self.where else f"{key}[{n}]", self.file, self.problems)
+            for n, item in enumerate(value)
+        ]
+
+    def refuse_rest(self) -> None:
+        for key in self.data:
+            self.problem(key, "is not a known key")
+
+
+def load_stage(directory: Path, origin: str) -> Stage:
+    """Read a stage's directory.
+
+    Raises InvalidFilesError with every problem of the declaration and its files at once.
+    """
+    file = directory / DECLARATION
+    problems: list[str] = []
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidFilesError([f"{file}: cannot be read: {error}"]) from None
+    header_data = document.pop("stage", None)
+    if not isinstance(header_data, dict):
+        raise InvalidFilesError([f"{file}: stage: the [stage] table is missing"])
+    top = _Table(document, "", file, problems)
+    stage = _read_stage(_Table(header_data, "stage", file, problems), top, directory, origin)
+    for key in top.data:
+        problems.append(f"{file}: {key}: is not a known table")
+    _check_files(stage, problems)
+    if problems:
+        raise InvalidFilesError(problems)
+    return stage
+
+
+def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> Stage:
+    kind = header.text("kind", required=True)
+    if kind not in (*KINDS, "core"):
+        header.problem("kind", f"{kind!r} is none of {', '.join(KINDS)}")
+    name = header.text("name", NAME, required=True)
+    if header.data.pop("api", None) != API:
+        header.problem("api", f"is not {API}, the stage interface of this anchor-build")
+    stage = Stage(
+        kind=kind,
+        name=name,
+        summary=header.text("summary", required=True),
+        directory=directory,
+        origin=origin,
+        order=header.number("order", 50),
+        dracut=header.texts("dracut", DRACUT_MODULE),
+        drivers=header.texts("drivers", DRIVER),
+        libs=header.texts("libs", FILE_NAME),
+        schemes=header.texts("schemes", SCHEME),
+        digest_schemes=header.texts("digest_schemes", SCHEME),
+        conflicts=header.texts("conflicts", NAME),
+        binaries=tuple(_read_binary(table) for table in header.tables("binaries")),
+        files=tuple(_read_file(table) for table in top.tables("file")),
+        params=tuple(_read_param(table, kind, name) for table in top.tables("param")),
+    )
+    if (kind == "transport") != bool(stage.schemes):
+        header.problem("schemes", "names the URL schemes of a transport; a transport needs it and no other kind has it")
+    if set(stage.digest_schemes) - set(stage.schemes):
+        header.problem("digest_schemes", "holds a scheme that schemes does not")
+    header.refuse_rest()
+    _check_param_names(stage, top)
+    return stage
+
+
+def _read_binary(table: _Table) -> Binary:
+    binary = Binary(
+        name=table.text("name", PROGRAM, required=True),
+        rpm=table.text("rpm", PACKAGE, required=True),
+        deb=table.text("deb", PACKAGE, required=True),
+    )
+    table.refuse_rest()
+    return binary
+
+
+def _read_file(table: _Table) -> StageFile:
+    file = StageFile(
+        source=table.text("source", FILE_NAME, required=True),
+        target=table.text("target", TARGET, required=True),
+        mode=table.text("mode", MODE, default="0644"),
+    )
+    table.refuse_rest()
+    return file
+
+
+def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
+    core = kind == "core"
+    name = table.text("name", CORE_PARAM_NAME if core else PARAM_NAME, required=True)
+    type_name = table.text("type", required=True)
+    default = table.data.pop("default", None)
+    options: dict[str, Any] = {}
+    if type_name not in paramtypes.TYPES:
+        table.problem("type", f"{type_name!r} is none of {', '.join(sorted(paramtypes.TYPES))}")
+        for known in paramtypes.TYPES.values():
+            for key in known.options:
+                table.data.pop(key, None)
+    else:
+        keys = paramtypes.TYPES[type_name].options
+        if type_name == "list":
+            element = paramtypes.TYPES.get(str(table.data.get("of", "")))
+            keys = (*keys, *(element.options if element else ()))
+        options = {key: table.data.pop(key) for key in keys if key in table.data}
+        for reason in paramtypes.check_options(type_name, options):
+            table.problem("type", reason)
+    param = Param(
+        name=name,
+        key=f"{PREFIX}{name}" if core else f"{PREFIX}{stage_name}.{name}",
+        variable=f"anchor_{shell_word(name)}" if core else f"anchor_{shell_word(stage_name)}_{shell_word(name)}",
+        type=type_name,
+        help=table.text("help", required=True),
+        required=table.flag("required"),
+        default=_read_default(table, type_name, options, default),
+        alias=table.texts("alias", ALIAS),
+        options=options,
+        source=table.flag("source"),
+        digest=table.text("digest", PARAM_NAME) or None,
+    )
+    if param.source and param.type != "url":
+        table.problem("source", "is for a parameter of type url")
+    if param.required and param.default is not None:
+        table.problem("default", "makes no sense for a required parameter")
+    table.refuse_rest()
+    return param
+
+
+def _read_default(table: _Table, type_name: str, options: Mapping[str, Any], default: object) -> str | None:
+    if default is None:
+        return None
+    if not isinstance(default, str):
+        table.problem("default", "is not a text: write it as on a command line")
+        return None
+    if type_name == "secret":
+        table.problem("default", "a secret has no default")
+        return None
+    try:
+        return paramtypes.check_value(type_name, default, options) if type_name in paramtypes.TYPES else None
+    except (paramtypes.InvalidValueError, KeyError, TypeError) as error:
+        table.problem("default", str(error))
+        return None
+
+
+def _check_param_names(stage: Stage, top: _Table) -> None:
+    seen: set[str] = set()
+    names = {param.name: param for param in stage.params}
+    for n, param in enumerate(stage.params):
+        for spelling in param.names:
+            if spelling in seen:
+                top.problems.append(f"{top.file}: param[{n}]: {spelling} is declared twice")
+            seen.add(spelling)
+        target = names.get(param.digest or "")
+        if param.digest and (target is None or target.type != "sha256"):
+            top.problems.append(f"{top.file}: param[{n}].digest: {param.digest!r} names no parameter of type sha256")
+
+
+def _check_files(stage: Stage, problems: list[str]) -> None:
+    for file in stage.files:
+        if not (stage.directory / file.source).is_file():
+            problems.append(f"{stage.directory / file.source}: is missing, but {DECLARATION} installs it")
+    if stage.is_core:
+        return
+    functions = [f"anchor_{stage.word}_run"] + ([f"anchor_{stage.word}_mount"] if stage.kind == "image" else [])
+    try:
+        text = stage.script.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{stage.script}: cannot be read: {error}")
+        return
+    for function in functions:
+        if not re.search(rf"^{function}\(\)", text, re.MULTILINE):
+            problems.append(f"{stage.script}: does not define {function}()")

@@ -1,0 +1,40 @@
+install_core() {
+    inst_hook cmdline 20 "$moddir/hook-cmdline.sh"
+    inst_hook pre-mount 50 "$moddir/hook-pre-mount.sh"
+    inst_hook cleanup 90 "$moddir/hook-cleanup.sh"
+    install_site
+    install_network
+    dracut_need_initqueue
+}
+
+# What belongs to the site: its CA, its defaults, when this was built. ANCHOR_ETC is where anchor-build prepared it;
+# without anchor-build it is the host's own /etc/anchor.
+install_site() {
+    local etc="${ANCHOR_ETC:-${dracutsysrootdir-}/etc/anchor}" name
+    mkdir -p "$initdir/etc/anchor" "$initdir/etc/ssl/certs" "$initdir/etc/pki/tls/certs"
+    for name in ca.pem params build-time; do
+        [[ ! -e $etc/$name ]] || inst_simple "$etc/$name" "/etc/anchor/$name" || exit 1
+    done
+    [[ -e $initdir/etc/anchor/build-time ]] ||
+        printf '%s\n' "${SOURCE_DATE_EPOCH:-$(date +%s)}" >"$initdir/etc/anchor/build-time"
+    if [[ ! -e $initdir/etc/anchor/ca.pem ]]; then
+        for name in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
+            [[ -e ${dracutsysrootdir-}$name ]] || continue
+            cp -L "${dracutsysrootdir-}$name" "$initdir/etc/anchor/ca.pem"
+            break
+        done
+    fi
+    # One trust for every program: the paths that the distributions' TLS libraries read, and the one of older tools.
+    ln -sfn /etc/anchor/ca.pem "$initdir/etc/ssl/certs/ca-certificates.crt"
+    ln -sfn /etc/anchor/ca.pem "$initdir/etc/pki/tls/certs/ca-bundle.crt"
+    ln -sfn /etc/anchor/ca.pem "$initdir/ca.pem"
+}
+
+install_network() {
+    # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
+    inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
+    dracut_module_included systemd-networkd || return 0
+    inst_simple "$moddir/anchor.network" /etc/systemd/network/zz-anchor.network || exit 1
+    # networkd is enabled for multi-user.target, which an initramfs never reaches.
+    "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
+}

@@ -1,0 +1,31 @@
+#!/bin/sh
+# usage: acme-challenge begin|done|failed TYPE IDENTIFIER TOKEN AUTHORIZATION
+#
+# uacme's hook: hands the answer to a challenge to the responder that the stage started below ANCHOR_ACME_DIR, and
+# takes it back afterwards. Declines (status 1) every challenge but ANCHOR_ACME_CHALLENGE, so uacme offers the next.
+# All words but the first come from the ACME server.
+
+LC_ALL=C
+
+# usage: tell_ualpn LINE
+# Sends one command to the running ualpn. Its exit status means nothing before 1.7.5, so the answer decides.
+tell_ualpn() {
+    case $(printf '%s\n' "$1" | timeout 5 ualpn -s "${ANCHOR_ACME_DIR:?}/ualpn.sock" 2>&1) in
+        OK*) return 0 ;;
+    esac
+    return 1
+}
+
+tokens="${ANCHOR_ACME_DIR:?}/tokens"
+[ "$#" -eq 5 ] && [ "$2" = "${ANCHOR_ACME_CHALLENGE:-}" ] || exit 1
+case $3 in '' | *[!A-Za-z0-9.:_-]*) exit 1 ;; esac
+case $4 in '' | *[!A-Za-z0-9_-]*) exit 1 ;; esac
+case $5 in '' | *[!A-Za-z0-9._-]*) exit 1 ;; esac
+
+case $2/$1 in
+    http-01/begin) printf '%s\n' "$5" >"$tokens/.new" && mv -f "$tokens/.new" "$tokens/$4" ;;
+    http-01/*) rm -f "$tokens/$4" ;;
+    tls-alpn-01/begin) tell_ualpn "auth $3 $5" ;;
+    tls-alpn-01/*) tell_ualpn "unauth $3" ;;
+    *) exit 1 ;;
+esac

@@ -1,0 +1,409 @@
+#!/bin/sh
+# One attempt to fetch over HTTP or HTTPS with curl, from 7.61 on. The node proves itself with the certificate that
+# auth left, if any, and believes servers by /etc/anchor/ca.pem alone. URL, proxy and headers may hold secrets, so they
+# reach curl in a file that only root can read, and what is said about them leaves out users, passwords and queries.
+
+ANCHOR_HTTPS_REDIRECTS=5
+
+# usage: anchor_https_run URL FILE MAX_BYTES
+# Status: 0 whole, 1 permanent failure, 2 try again, 3 start from zero (see anchor-fetch.sh). Keeps in FILE.https what
+# a later attempt needs to go on: the file's size, and its ETag or date as the validator of its version.
+# The helpers below share these locals.
+anchor_https_run() {
+    local url="$1" file="$2" max="$3" state="$2.https" credentials="${ANCHOR_ROOT:-}/run/anchor/credentials"
+    local offset size='' validator='' code status text=''
+    anchor_fetch_plain "$url"
+    anchor_fetch_size "$file"
+    offset=$anchor_fetch_size
+    if ! anchor_https__ready; then
+        anchor_fail "cannot prepare the request for $anchor_fetch_url" \
+            "the URL and rd.anchor.https.proxy may have no blanks, quotes or backslashes"
+        return 1
+    fi
+    if [ "$offset" -gt 0 ]; then
+        anchor_https__recall
+        [ "$size" != "$offset" ] || return 0
+        [ -n "$validator" ] || return 3
+    fi
+    if [ "$offset" -ge "$max" ]; then
+        anchor_https__too_large ''
+        return 1
+    fi
+    anchor_https__curl
+    status=$?
+    anchor_https__answer "$state/headers"
+    [ ! -s "$state/error" ] || IFS= read -r text <"$state/error"
+    text=${text#"curl: ("*") "}
+    anchor_fetch_size "$file"
+    anchor_https__judge
+}
+
+# usage: anchor_https__total FILE
+# Sets anchor_fetch_total to the size that FILE will have, or to nothing while no answer has come.
+anchor_https__total() {
+    anchor_https__answer "$1.https/headers"
+    anchor_fetch_total=$anchor_https_total
+}
+
+# usage: anchor_https__ready
+# Makes the state directory; refuses what would not stay one value in curl's configuration.
+anchor_https__ready() {
+    local LC_ALL=C
+    case $url$anchor_https_proxy in
+        *[!!-~]* | *[\"\\]*) return 1 ;;
+    esac
+    [ -d "$state" ] || mkdir -m 700 "$state"
+}
+
+# usage: anchor_https__recall
+# Sets size and validator to what anchor_https__remember kept.
+anchor_https__recall() {
+    [ -r "$state/version" ] || return 0
+    {
+        IFS= read -r size
+        IFS= read -r validator
+    } <"$state/version"
+}
+
+# usage: anchor_https__remember
+# Keeps which version of the file the answer began, for later attempts.
+anchor_https__remember() {
+    size=$anchor_https_total
+    validator=$anchor_https_validator
+    printf '%s\n%s\n' "$size" "$validator" >"$state/version"
+}
+
+# usage: anchor_https__request
+# Prints the part of curl's configuration that may hold secrets. An empty proxy keeps curl from the environment's:
+# unknown words of the kernel command line end up there.
+anchor_https__request() {
+    local tag
+    printf 'url = "%s"\nproxy = "%s"\nnoproxy = ""\n' "$url" "$anchor_https_proxy"
+    case $validator in
+        '') ;;
+        \"*)
+            tag=${validator#\"}
+            printf 'header = "If-Range: \\"%s\\""\n' "${tag%\"}"
+            ;;
+        *) printf 'header = "If-Range: %s"\n' "$validator" ;;
+    esac
+}
+
+# usage: anchor_https__curl
+# Runs curl. Sets code to the HTTP status ("000" without one); headers and messages are in the state directory.
+# Status: curl's.
+anchor_https__curl() {
+    local protocols='=https'
+    case $url in
+        [Hh][Tt][Tt][Pp]:*) protocols='=http,https' ;;
+    esac
+    rm -f "$state/headers" "$state/error"
+    (umask 077 && anchor_https__request >"$state/request") || return 23
+    set -- --silent --show-error --fail --globoff --http1.1 --tlsv1.2 --write-out '%{http_code}' \
+        --config "$state/request" --output "$file" --dump-header "$state/headers" \
+        --proto "$protocols" --proto-redir "$protocols" --location --max-redirs "$ANCHOR_HTTPS_REDIRECTS" \
+        --connect-timeout "$anchor_fetch_connect_timeout" --max-time "$anchor_fetch_left" \
+        --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset)) \
+        --cacert "${ANCHOR_ROOT:-}/etc/anchor/ca.pem" --capath "$state/no-other-authorities"
+    [ "$offset" -eq 0 ] || set -- "$@" --continue-at "$offset"
+    if [ -s "$credentials/client.crt" ] && [ -s "$credentials/client.key" ]; then
+        set -- "$@" --cert "$credentials/client.crt" --key "$credentials/client.key"
+    fi
+    # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
+    code=$(
+        trap '' XFSZ
+        ulimit -f $((max / 512))
+        exec curl --disable "$@" 2>"$state/error"
+    )
+}
+
+# usage: anchor_https__answer FILE
+# Reads the headers of the last answer in FILE. Sets anchor_https_total (the whole file's size), anchor_https_validator
+# (for If-Range), anchor_https_retry (seconds) and anchor_https_framed (1 if the answer says where it ends). What is
+# absent, or not what it should be, is empty.
+anchor_https__answer() {
+    local line value cr etag='' date='' retry=''
+    cr=$(printf '\r')
+    anchor_https_total=
+    anchor_https_framed=
+    if [ -r "$1" ]; then
+        while IFS= read -r line; do
+            line=${line%"$cr"}
+            value=${line#*:}
+            value=${value#"${value%%[! ]*}"}
+            case $line in
+                # Answers of proxies and redirects come first.
+                HTTP/*) anchor_https_total='' anchor_https_framed='' etag='' date='' retry='' ;;
+                [Cc]ontent-[Ll]ength:*)
+                    anchor_https_framed=1
+                    anchor_https_total=${anchor_https_total:-$value}
+                    ;;
+                [Cc]ontent-[Rr]ange:*/*) anchor_https_total=${value##*/} ;;
+                [Tt]ransfer-[Ee]ncoding:*) anchor_https_framed=1 ;;
+                [Ee][Tt]ag:*) etag=$value ;;
+                [Ll]ast-[Mm]odified:*) date=$value ;;
+                [Rr]etry-[Aa]fter:*) retry=$value ;;
+            esac
+        done <"$1"
+    fi
+    anchor_https__number "$anchor_https_total"
+    anchor_https_total=$anchor_https_number
+    anchor_https__validator "$etag" "$date"
+    anchor_https__retry "$retry"
+}
+
+# usage: anchor_https__number TEXT
+# Sets anchor_https_number: TEXT as a decimal number without leading zeros, or nothing where it is none below 10^15.
+anchor_https__number() {
+    anchor_https_number=${1#"${1%%[!0]*}"}
+    case $anchor_https_number in
+        *[!0-9]* | ????????????????*) anchor_https_number= ;;
+        '') anchor_https_number=${1:+0} ;;
+    esac
+}
+
+# usage: anchor_https__validator ETAG DATE
+# Sets anchor_https_validator: the strong ETag, else the date, else nothing. Neither may break out of a header.
+anchor_https__validator() {
+    local tag="${1#\"}" LC_ALL=C
+    tag=${tag%\"}
+    anchor_https_validator=
+    case $tag in
+        '' | *[!!-~]* | *[\"\\]*) ;;
+        *) [ "$1" != "\"$tag\"" ] || anchor_https_validator=$1 ;;
+    esac
+    case $2 in
+        *[!A-Za-z0-9,:\ ]*) ;;
+        *) anchor_https_validator=${anchor_https_validator:-$2} ;;
+    esac
+}
+
+# usage: anchor_https__retry VALUE
+# Sets anchor_https_retry: the seconds that a Retry-After header asks for; it may be a number or a date.
+anchor_https__retry() {
+    local at
+    anchor_https__number "$1"
+    anchor_https_retry=$anchor_https_number
+    case $1 in
+        *[!A-Za-z0-9,:\ ]*) ;;
+        *[A-Z]*:*)
+            at=$(date -u -d "$1" +%s 2>/dev/null) || return 0
+            anchor_https_retry=$((at - $(date -u +%s)))
+            [ "$anchor_https_retry" -ge 0 ] || anchor_https_retry=0
+            ;;
+    esac
+}
+
+# usage: anchor_https__judge
+# Decides what the attempt came to, from code, status and the answer. Statuses of anchor_https_run.
+anchor_https__judge() {
+    case $code:$offset in
+        200:0) anchor_https__remember ;;
+        20[06]:*)
+            if ! anchor_https__same_version; then
+                anchor_https__again "the file changed on the server, or the server cannot resume"
+                return
+            fi
+            ;;
+        416:*)
+            # Without a size in the first answer only this one tells that nothing was missing.
+            [ "$anchor_https_total" != "$offset" ] || return 0
+            anchor_https__again "the file on the server is shorter than what is here"
+            return
+            ;;
+        [45]??:*)
+            anchor_https__refused
+            return
+            ;;
+        *)
+            if [ "$status" -eq 0 ]; then
+                anchor_https__unexpected
+                return
+            fi
+            ;;
+    esac
+    if [ "$status" -eq 0 ] && [ -z "$size" ]; then
+        [ -n "$anchor_https_framed" ] ||
+            anchor_warn "the server did not say how long $anchor_fetch_url is: only a digest can tell that it is whole"
+    elif [ "$anchor_fetch_size" != "$size" ]; then
+        anchor_https__broken
+    fi
+}
+
+# usage: anchor_https__same_version
+# Whether the answer goes on with the version of the file that the first one began.
+anchor_https__same_version() {
+    [ "$code" = 206 ] && [ "$offset" -gt 0 ] && [ "$anchor_https_validator" = "$validator" ] || return 1
+    size=${size:-$anchor_https_total}
+    [ "${anchor_https_total:-$size}" = "$size" ]
+}
+
+# usage: anchor_https__again ERROR [HINT]
+# A failure that may pass. Status 2, or 3 when no later attempt can go on from what FILE has.
+anchor_https__again() {
+    anchor_fetch_error=$1
+    anchor_fetch_hint=${2:-}
+    anchor_fetch_retry_after=$anchor_https_retry
+    [ "$anchor_fetch_size" -gt 0 ] || return 2
+    case $code in
+        200) [ "$offset" -eq 0 ] && [ -n "$validator" ] || return 3 ;;
+        206) anchor_https__same_version || return 3 ;;
+        416) return 3 ;;
+        *) [ "$anchor_fetch_size" -eq "$offset" ] || return 3 ;;
+    esac
+    return 2
+}
+
+# usage: anchor_https__unexpected
+# An answer that is neither the file nor an error.
+anchor_https__unexpected() {
+    if [ "$code" = 000 ]; then
+        anchor_https__again "$anchor_fetch_url answered with something that is not HTTP" "is this the image store's port?"
+        return
+    fi
+    anchor_fail "$anchor_fetch_url answered with status $code instead of the file" "check the URL, and what serves it"
+}
+
+# usage: anchor_https__too_large BYTES
+# BYTES may be empty: the server did not say.
+anchor_https__too_large() {
+    local needs='more'
+    if [ -n "$1" ]; then
+        anchor_fetch_amount "$1"
+        needs=$anchor_fetch_amount
+    fi
+    anchor_fetch_amount "$max"
+    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $anchor_fetch_amount fit ($anchor_fetch_room)" \
+        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
+}
+
+# usage: anchor_https__refused
+# An HTTP error. 408, 425, 429 and the server's own troubles may pass; what says that the request is wrong will not.
+anchor_https__refused() {
+    local what="$anchor_fetch_url answered with status $code"
+    case $code in
+        408 | 425 | 429) anchor_https__again "$what" "the image store is busy: see how many nodes boot at once" ;;
+        501 | 505) anchor_fail "$what" "the image store cannot serve this request: check what the URL leads to" ;;
+        5??) anchor_https__again "$what" "see the image store's own log" ;;
+        401 | 403)
+            anchor_https__identity
+            anchor_fail "$what: this node may not have it" "$anchor_https_identity; check what the image store allows it"
+            ;;
+        400)
+            anchor_https__identity
+            anchor_fail "$what" "image stores answer so when they do not accept the client certificate: $anchor_https_identity"
+            ;;
+        404 | 410) anchor_fail "$what: it is not there" "check the path in the URL, and that the image was published" ;;
+        407) anchor_fail "$what: the proxy wants a password" "bake rd.anchor.https.proxy=http://USER:PASSWORD@HOST:PORT in" ;;
+        *) anchor_fail "$what" "check the URL, and what serves it" ;;
+    esac
+}
+
+# usage: anchor_https__broken
+# curl's own failures. Names, connections and broken transfers may pass; certificates and settings will not by trying.
+anchor_https__broken() {
+    local host="${anchor_fetch_url#*://}"
+    host=${host%%/*}
+    case $status:$text in
+        0:*) anchor_https__again "$host sent less of the file than it announced" ;;
+        23:* | 63:*)
+            if [ "$status" = 63 ] || [ "$anchor_fetch_size" -ge $((max / 512 * 512)) ]; then
+                anchor_https__too_large "${size:-$anchor_https_total}"
+            else
+                anchor_fail "cannot write the download: $text" "is ${file%/*} full? $anchor_fetch_room"
+            fi
+            ;;
+        5:*) anchor_https__again "the proxy's name is not known: $text" "check rd.anchor.https.proxy and the name servers" ;;
+        6:*) anchor_https__again "the name is not known: $text" "check the host in the URL, and what name servers DHCP gave" ;;
+        7:*) anchor_https__again "no connection: $text" "does the server run, and does a firewall let this node through?" ;;
+        28:*)
+            anchor_https__again "$host is too slow or silent: $text" \
+                "check the network; rd.anchor.fetch.connect_timeout, .stall and .timeout are the limits"
+            ;;
+        35:*alert*certificate* | 35:*alert*unknown?ca* | 56:*alert*certificate* | 56:*alert*unknown?ca* | 98:*)
+            anchor_https__identity
+            anchor_fail "$host does not accept this node's certificate: $text" "$anchor_https_identity"
+            ;;
+        35:*) anchor_https__again "no TLS with $host: $text" "does this port speak HTTPS?" ;;
+        8:* | 16:* | 18:* | 52:* | 55:* | 56:* | 92:* | 95:* | 96:* | 97:* | *HTTP/0.9*)
+            anchor_https__again "the transfer from $host broke: $text"
+            ;;
+        51:* | 60:*) anchor_https__untrusted ;;
+        58:*) anchor_fail "the client certificate cannot be used: $text" "see the auth step, and $credentials" ;;
+        77:*) anchor_fail "the CA file cannot be used: $text" "build the initramfs with the site's CA (/etc/anchor/ca.pem)" ;;
+        47:*) anchor_fail "$anchor_fetch_url redirects more than $ANCHOR_HTTPS_REDIRECTS times" "check the URL" ;;
+        1:*) anchor_fail "$anchor_fetch_url redirects to a protocol that is not allowed: $text" "https:// may lead to https:// only" ;;
+        127:*) anchor_fail "curl is not in the initramfs" "build it anew: the https transport brings curl" ;;
+        *) anchor_fail "$anchor_fetch_url cannot be fetched: ${text:-curl ended with status $status}" "check the URL" ;;
+    esac
+}
+
+# usage: anchor_https__untrusted
+# Says what is wrong with the server's certificate. The clock is part of every such message: it is often the cause.
+anchor_https__untrusted() {
+    local now
+    now=$(date -u '+%Y-%m-%d %H:%M:%S UTC')
+    case $text in
+        *"not yet valid"*)
+            anchor_fail "the certificate of $host is not yet valid: the clock says $now" \
+                "set the clock: rd.anchor.clock.ntp=, or the node's hardware clock"
+            ;;
+        *expired*)
+            anchor_fail "the certificate of $host has expired: the clock says $now" \
+                "renew it if the clock is right, or set the clock (rd.anchor.clock.ntp=)"
+            ;;
+        *"subject name"* | *"host name"* | *hostname*)
+            anchor_fail "the certificate of $host is for another name: $text" "use a name in the URL that is in the certificate"
+            ;;
+        *)
+            anchor_fail "the certificate of $host is not trusted: $text" \
+                "its CA must be in /etc/anchor/ca.pem, from which the initramfs was built; the clock says $now"
+            ;;
+    esac
+}
+
+# usage: anchor_https__identity
+# Sets anchor_https_identity: a sentence on what this node showed of itself.
+anchor_https__identity() {
+    if [ ! -s "$credentials/client.crt" ] || [ ! -s "$credentials/client.key" ]; then
+        anchor_https_identity="this node has no client certificate: an auth stage gets one"
+        return 0
+    fi
+    anchor_https__subject
+    anchor_https_identity="this node showed the certificate of ${anchor_https_subject:-unknown name}"
+}
+
+# usage: anchor_https__subject
+# Sets anchor_https_subject: the common name in client.crt, else its first DNS name, else nothing. Both are found by
+# the bytes before them in DER: the validity (two UTCTime) and the attribute's type, or the subjectAltName extension.
+anchor_https__subject() {
+    local line body='' bytes name='' left text=''
+    while IFS= read -r line; do
+        case $line in
+            *BEGIN*) ;;
+            *END*) break ;;
+            *) body="$body$line" ;;
+        esac
+    done <"$credentials/client.crt"
+    bytes=$(printf '%s' "$body" | base64 -d 2>/dev/null | od -An -v -tx1 -w4096)
+    case $bytes in
+        *" 30 1e 17 0d "*" 06 03 55 04 03 "*)
+            name=${bytes#*" 30 1e 17 0d "}
+            name=${name#*" 06 03 55 04 03 "}
+            ;;
+        *" 06 03 55 1d 11 04 "*" 82 "*)
+            name=${bytes#*" 06 03 55 1d 11 04 "}
+            name="82 ${name#*" 82 "}"
+            ;;
+    esac
+    # Tag, length (one byte, because names are short), text.
+    # shellcheck disable=SC2086 # these are hexadecimal numbers, to be split
+    set -- $name
+    left=$((0x${2:-0}))
+    while [ "$left" -gt 0 ] && [ $# -gt 2 ]; do
+        text="$text\\0$((0x$3 / 64))$((0x$3 / 8 % 8))$((0x$3 % 8))"
+        left=$((left - 1))
+        shift
+    done
+    anchor_https_subject=$(printf '%b' "$text")
+}

@@ -1,0 +1,229 @@
+#!/bin/sh
+# The boot itself: what dracut's hooks call, the order of the steps, and what a failure leads to.
+#
+#   cmdline hook     anchor_boot_cmdline   parameters are read and checked, root=anchor is accepted
+#   pre-mount hook   anchor_boot_main      network -> clock -> auth -> image -> mount -> overlay on $NEWROOT
+#   cleanup hook     anchor_boot_handoff   boot.json goes over to the booted root, which adds when it was ready
+
+. "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-report.sh"
+. "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-params.sh"
+
+# usage: anchor_boot_load
+# Sources the libraries and stages, and makes the run directory.
+anchor_boot_load() {
+    local file
+    LC_ALL=C
+    export LC_ALL
+    for file in "$ANCHOR_LIB"/*.sh; do
+        case $file in
+            */anchor-boot.sh | */anchor-report.sh | */anchor-params.sh) ;;
+            *) . "$file" || return 1 ;;
+        esac
+    done
+    mkdir -p "$ANCHOR_RUN/steps" "$ANCHOR_RUN/credentials" &&
+        chmod 0700 "$ANCHOR_RUN/steps" "$ANCHOR_RUN/credentials" &&
+        anchor_params_load
+}
+
+# usage: anchor_boot_wanted
+# Whether the last root= of the command line is "anchor".
+anchor_boot_wanted() {
+    local anchor_root=''
+    anchor_cmdline_each anchor_boot_root
+    [ "$anchor_root" = anchor ]
+}
+
+# usage: anchor_boot_root NAME VALUE HAS_VALUE
+anchor_boot_root() {
+    [ "$1" != root ] || anchor_root=$2
+}
+
+# usage: anchor_boot_cmdline
+# Status 0: this boot is ours and its parameters are right. Status 1: it is not ours.
+anchor_boot_cmdline() {
+    anchor_boot_load || return 1
+    anchor_boot_wanted || return 1
+    anchor_boot_start
+    until anchor_params_parse; do
+        anchor_boot_failed parameters '' "$anchor_params_error" \
+            "correct the kernel command line; \`anchor-build check\` explains it before a node sees it"
+    done
+    # dracut's network modules bring nothing up unless somebody asks.
+    mkdir -p "${ANCHOR_ROOT:-}/etc/cmdline.d" &&
+        printf 'rd.neednet=1\n' >"${ANCHOR_ROOT:-}/etc/cmdline.d/50-anchor.conf"
+}
+
+# usage: anchor_boot_start
+# Begins the report of this boot.
+anchor_boot_start() {
+    local kernel
+    kernel=$(cat /proc/sys/kernel/osrelease)
+    anchor_recall "${ANCHOR_ROOT:-}/etc/anchor/version"
+    anchor_boot_set anchor "$anchor_recall"
+    anchor_boot_set kernel "$kernel"
+    anchor_boot_set result running
+}
+
+# usage: anchor_boot_main
+# Runs the steps until the new root is ready. Never returns without it: rd.anchor.on_failure decides what follows a
+# failure, and leaving the emergency shell tries again.
+anchor_boot_main() {
+    anchor_boot_load && anchor_boot_wanted || return 0
+    anchor_recall "$ANCHOR_RUN/steps/result"
+    [ "$anchor_recall" != ok ] || return 0
+    anchor_params_parse || return 1
+    anchor_recall "$ANCHOR_RUN/steps/anchor"
+    anchor_json "$anchor_recall"
+    anchor_event "{\"event\":\"boot\",\"version\":$anchor_json}"
+    until anchor_boot_steps; do
+        anchor_recall "$anchor_step_last/step"
+        set -- "$anchor_recall"
+        anchor_recall "$anchor_step_last/stage"
+        set -- "$1" "$anchor_recall"
+        anchor_recall "$anchor_step_last/error"
+        set -- "$1" "$2" "${anchor_recall:-the $1 step failed without saying why}"
+        anchor_recall "$anchor_step_last/hint"
+        anchor_boot_failed "$@" "$anchor_recall"
+    done
+    anchor_boot_set result ok
+    anchor_boot_write
+}
+
+# usage: anchor_boot_steps
+# One try at all steps; each may be repeated.
+anchor_boot_steps() {
+    anchor_step network '' anchor_net_run || return 1
+    anchor_boot_set node "$(anchor_net_hostname)"
+    anchor_step clock '' anchor_clock_run || return 1
+    anchor_step auth "auth/$anchor_auth" "anchor_${anchor_auth}_run" || return 1
+    anchor_boot_credentials
+    anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
+    mkdir -p "$ANCHOR_RUN/lower" || return 1
+    anchor_step mount "image/$anchor_image" "anchor_${anchor_image}_mount" "$ANCHOR_RUN/lower" || return 1
+    anchor_step overlay '' anchor_overlay_run "$ANCHOR_RUN/lower" "${NEWROOT:-/sysroot}"
+}
+
+# usage: anchor_step STEP STAGE FUNCTION [ARGUMENT...]
+# Runs FUNCTION as a step: in a subshell, timed and reported. STAGE is <kind>/<name> or empty. Sets anchor_step_last
+# to the step's record.
+anchor_step() {
+    local step="$1" stage="$2" status=0
+    shift 2
+    anchor_step_begin "$step" "${stage#*/}" || return 1
+    anchor_step_last=$anchor_step_dir
+    (
+        [ -z "$stage" ] || anchor_boot_source "$stage" || exit 1
+        "$@"
+    ) </dev/null || status=1
+    if [ "$status" -eq 0 ]; then
+        anchor_step_end ok
+    else
+        anchor_step_end failed
+    fi
+    anchor_recall "$anchor_step_last/duration"
+    [ "$status" -ne 0 ] ||
+        anchor_info "$step${stage:+ (${stage#*/})}: done in $((anchor_recall / 1000)).$((anchor_recall % 1000 / 100)) s"
+    return "$status"
+}
+
+# usage: anchor_boot_source KIND/NAME
+# Sources a stage's functions; NAME is as in function names, where _ may stand for a dash.
+anchor_boot_source() {
+    local dir name
+    for dir in "$ANCHOR_STAGES/${1%/*}"/[0-9][0-9]-*/; do
+        name=${dir%/}
+        name=${name##*/[0-9][0-9]-}
+        if anchor_params_same_name "$name" "${1#*/}"; then
+            . "$dir/stage.sh"
+            return
+        fi
+    done
+    anchor_fail "the stage $1 is not in this initramfs" "build it with --${1%/*} ${1#*/}"
+}
+
+# usage: anchor_boot_credentials
+# Makes sure that no credential is readable by others, and shows them under the names that older tools expect.
+anchor_boot_credentials() {
+    local file
+    for file in "$ANCHOR_RUN"/credentials/*; do
+        [ ! -f "$file" ] || chmod 0600 "$file"
+    done
+    [ ! -e "$ANCHOR_RUN/credentials/client.crt" ] || ln -sfn "$ANCHOR_RUN/credentials/client.crt" "${ANCHOR_ROOT:-}/client.cert"
+    [ ! -e "$ANCHOR_RUN/credentials/client.key" ] || ln -sfn "$ANCHOR_RUN/credentials/client.key" "${ANCHOR_ROOT:-}/client.key"
+}
+
+# usage: anchor_boot_failed STEP STAGE ERROR HINT
+# Reports the failure and does what rd.anchor.on_failure says. Returns when the emergency shell is left.
+anchor_boot_failed() {
+    local event action="${anchor_on_failure:-shell}"
+    anchor_json "$2"
+    event="{\"event\":\"failed\",\"step\":\"$1\",\"stage\":$anchor_json"
+    anchor_json "$3"
+    event="$event,\"error\":$anchor_json"
+    anchor_json "$4"
+    event="$event,\"hint\":$anchor_json,\"on_failure\":\"$action\"}"
+    anchor_boot_set result failed
+    anchor_boot_write
+    anchor_say '' "this node could not boot: step $1${2:+ ($2)} failed"
+    anchor_say '  why:        ' "$3"
+    [ -z "$4" ] || anchor_say '  what to do: ' "$4"
+    anchor_say '  details:    ' "$ANCHOR_RUN/boot.log and boot.json"
+    anchor_event "$event"
+    case $action in
+        reboot)
+            anchor_boot_pause "${anchor_reboot_delay:-30}"
+            anchor_boot_sysrq b
+            ;;
+        poweroff) anchor_boot_sysrq o ;;
+    esac
+    anchor_say '' "leave the shell to try again"
+    anchor_boot_shell "step $1 failed: see /run/anchor/boot.log"
+    # Without a shell (rd.shell=0) this is the pace of the tries.
+    anchor_boot_pause 30
+}
+
+# usage: anchor_boot_pause SECONDS
+# Waits a random part of SECONDS, and says so: nodes that failed together must not come back together.
+anchor_boot_pause() {
+    local random
+    random=$(od -An -N2 -tu2 /dev/urandom)
+    random=$((${random##* } % ($1 + 1)))
+    anchor_info "going on in $random s"
+    sleep "$random"
+}
+
+# usage: anchor_boot_sysrq KEY
+# Reboots (b) or powers off (o) at once: nothing is mounted for writing that would have to be saved.
+anchor_boot_sysrq() {
+    printf '1\n' >"${ANCHOR_ROOT:-}/proc/sys/kernel/sysrq"
+    printf '%s\n' "$1" >"${ANCHOR_ROOT:-}/proc/sysrq-trigger"
+    sleep 30
+    anchor_warn "the kernel did not act on sysrq $1"
+}
+
+# usage: anchor_boot_shell MESSAGE
+# dracut's emergency shell, where rd.shell allows it.
+anchor_boot_shell() {
+    (
+        . /lib/dracut-lib.sh && emergency_shell -n anchor "anchor: $1"
+    )
+}
+
+# usage: anchor_boot_handoff
+# The last thing before switch_root. Leaves a unit below /run that notes when the booted system is ready, so that
+# boot.json covers the whole boot whatever the image holds.
+anchor_boot_handoff() {
+    local units="${ANCHOR_ROOT:-}/run/systemd/system"
+    anchor_boot_load && anchor_boot_wanted || return 0
+    anchor_params_parse || return 0
+    anchor_uptime_ms
+    anchor_boot_set switch_root_ms "$anchor_uptime_ms"
+    anchor_boot_write
+    anchor_event "{\"event\":\"switch_root\",\"at_ms\":$anchor_uptime_ms}"
+    mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" || return 0
+    cat "$ANCHOR_LIB/anchor-report.sh" >"$ANCHOR_RUN/lib/anchor-report.sh"
+    cat "$ANCHOR_LIB/anchor-ready.sh" >"$ANCHOR_RUN/lib/anchor-ready.sh"
+    cat "${ANCHOR_ROOT:-}/usr/lib/anchor/anchor-ready.service" >"$units/anchor-ready.service"
+    ln -sfn ../anchor-ready.service "$units/multi-user.target.wants/anchor-ready.service"
+    anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}"
+}

@@ -1,0 +1,144 @@
+#!/bin/sh
+# Reads the node's parameters: every word of every command-line source is offered to the stages' generated
+# functions (params.sh), every value is checked, and all errors are reported together.
+#
+# Sets, for each parameter rd.anchor.<stage>.<name>, the variable anchor_<stage>_<name>; and anchor_auth,
+# anchor_image: the names of the chosen stages.
+
+ANCHOR_LIB="${ANCHOR_ROOT:-}/usr/lib/anchor/lib"
+ANCHOR_STAGES="${ANCHOR_ROOT:-}/usr/lib/anchor/stages"
+
+# usage: anchor_params_load
+# Sources every stage's parameter functions. Sets anchor_stages: "core_anchor auth_acme ...", in the order of selection.
+anchor_params_load() {
+    local file
+    anchor_stages=
+    for file in "$ANCHOR_STAGES"/core/*/params.sh "$ANCHOR_STAGES"/auth/*/params.sh \
+        "$ANCHOR_STAGES"/transport/*/params.sh "$ANCHOR_STAGES"/image/*/params.sh; do
+        [ ! -f "$file" ] || . "$file" || return 1
+    done
+}
+
+# usage: anchor_params_parse
+# Reads, checks and chooses. Status 1 when anything is wrong; then everything wrong has been said and
+# anchor_params_error sums it up.
+anchor_params_parse() {
+    local stage
+    anchor_params_bad=0
+    anchor_params_error=
+    anchor_cmdline_each anchor_params_word
+    for stage in $anchor_stages; do
+        "anchor_${stage}_check"
+    done
+    anchor_params_choose auth "${anchor_auth:-}" && anchor_auth=$anchor_chosen
+    anchor_params_choose image "${anchor_image:-}" && anchor_image=$anchor_chosen
+    [ "$anchor_params_bad" -eq 0 ]
+}
+
+# usage: anchor_params_word NAME VALUE HAS_VALUE
+# Offers one word to each stage; refuses an rd.anchor.* name that nobody takes.
+anchor_params_word() {
+    local stage
+    for stage in $anchor_stages; do
+        ! "anchor_${stage}_take" "$@" || return 0
+    done
+    case $1 in
+        rd.anchor.*) anchor_param_bad "$1" "is not a parameter of any stage in this initramfs ($anchor_stages)" ;;
+    esac
+}
+
+# usage: anchor_param_bad NAME REASON
+# Reports one wrong parameter. The value itself is not shown: it may be hostile or secret.
+anchor_param_bad() {
+    anchor_params_bad=$((anchor_params_bad + 1))
+    anchor_params_error="$anchor_params_error${anchor_params_error:+; }$1 $2"
+    anchor_say 'error: ' "$1: $2"
+}
+
+# usage: anchor_param_valued NAME HAS_VALUE
+# Status 1, with a report, for a bare word where a value is needed.
+anchor_param_valued() {
+    [ "$2" = 1 ] || {
+        anchor_param_bad "$1" "needs a value: $1=..."
+        return 1
+    }
+}
+
+# usage: anchor_param_private NAME
+# Status 1, with a report, for a secret that does not come from the baked-in defaults.
+anchor_param_private() {
+    [ "$anchor_cmdline_source" = "${ANCHOR_ROOT:-}/etc/anchor/params" ] || {
+        anchor_param_bad "$1" "is a secret and every process can read the kernel command line: bake it in with --set $1=@FILE"
+        return 1
+    }
+}
+
+# usage: anchor_param_source NAME URL DIGEST DIGEST_NAME
+# Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest.
+anchor_param_source() {
+    [ -n "$2" ] || return 0
+    if ! anchor_stage_for_scheme "${2%%://*}"; then
+        anchor_param_bad "$1" "no transport in this initramfs carries ${2%%://*}://"
+    elif [ "$anchor_transport_needs_digest" = 1 ] && [ -z "$3" ]; then
+        anchor_param_bad "$1" "${2%%://*}:// is not protected: add $4= or use https://"
+    fi
+}
+
+# usage: anchor_stage_for_scheme SCHEME
+# Sets anchor_transport (the stage's name as in its functions) and anchor_transport_needs_digest (0 or 1); status 1 if
+# no transport carries SCHEME.
+anchor_stage_for_scheme() {
+    local stage
+    for stage in $anchor_stages; do
+        case $stage in
+            transport_*) ! "anchor_${stage}_scheme" "$1" || return 0 ;;
+        esac
+    done
+    return 1
+}
+
+# usage: anchor_params_choose KIND NAME
+# Sets anchor_chosen to the stage called NAME, or without a name to the first one whose required parameters are
+# given, or else to the first one, so that what it lacks is reported.
+anchor_params_choose() {
+    local stage first='' names=''
+    anchor_chosen=
+    for stage in $anchor_stages; do
+        case $stage in
+            "$1"_*) ;;
+            *) continue ;;
+        esac
+        first=${first:-$stage}
+        names="$names ${stage#"$1"_}"
+        if [ -n "$2" ]; then
+            anchor_params_same_name "$2" "${stage#"$1"_}" || continue
+        else
+            "anchor_${stage}_selected" || continue
+        fi
+        anchor_chosen=${stage#"$1"_}
+        break
+    done
+    if [ -z "$anchor_chosen" ] && [ -n "$2" ]; then
+        anchor_param_bad "rd.anchor.$1" "names no $1 stage of this initramfs, which has:$names"
+        return 1
+    fi
+    anchor_chosen=${anchor_chosen:-${first#"$1"_}}
+    if [ -z "$anchor_chosen" ]; then
+        anchor_param_bad "rd.anchor.$1" "this initramfs holds no $1 stage"
+        return 1
+    fi
+    "anchor_$1_${anchor_chosen}_require"
+}
+
+# usage: anchor_params_same_name NAME WORD
+# Whether a stage's NAME, which may hold dashes, has WORD as its form in function names.
+anchor_params_same_name() {
+    local rest="$1" word=''
+    while :; do
+        case $rest in
+            *-*) word="$word${rest%%-*}_" && rest=${rest#*-} ;;
+            *) break ;;
+        esac
+    done
+    [ "$word$rest" = "$2" ]
+}

@@ -1,0 +1,220 @@
+#!/bin/sh
+# What the node says and keeps of its boot: lines on the console and in boot.log, one record per step in
+# boot.json, and the same records as events on a terminal (rd.anchor.events=).
+#
+# A running step collects its facts below /run/anchor/steps/<NN>-<step>/, one file per fact, because stages run in
+# subshells: files are the only thing that comes out of one. boot.json is always rewritten whole and renamed into place.
+
+ANCHOR_RUN="${ANCHOR_ROOT:-}/run/anchor"
+
+# usage: anchor_uptime_ms
+# Sets anchor_uptime_ms: milliseconds since the kernel started (resolution 10 ms).
+anchor_uptime_ms() {
+    local up rest
+    read -r up rest </proc/uptime
+    anchor_uptime_ms=${up%.*}${up#*.}0
+    # Leading zeros would make the number octal in $(( )).
+    anchor_uptime_ms=${anchor_uptime_ms#"${anchor_uptime_ms%%[!0]*}"}
+    anchor_uptime_ms=${anchor_uptime_ms:-0}
+}
+
+# usage: anchor_printable TEXT
+# Sets anchor_printable: TEXT with every control character replaced by '?', so it cannot drive a terminal.
+anchor_printable() {
+    local rest="$1" done='' plain LC_ALL=C
+    case $rest in
+        *[[:cntrl:]]*) ;;
+        *)
+            anchor_printable=$rest
+            return 0
+            ;;
+    esac
+    while :; do
+        plain=${rest%%[[:cntrl:]]*}
+        [ "$plain" != "$rest" ] || break
+        done="$done$plain?"
+        rest=${rest#"$plain"}
+        rest=${rest#?}
+    done
+    anchor_printable=$done$rest
+}
+
+# usage: anchor_recall FILE
+# Sets anchor_recall to the file's first line, or to nothing; a builtin, because a fork for each fact of each step
+# would cost a node whole seconds. (Not for /proc/sys: there dash would read one character.)
+anchor_recall() {
+    anchor_recall=
+    [ -r "$1" ] && IFS= read -r anchor_recall <"$1"
+    return 0
+}
+
+# usage: anchor_keep FILE TEXT
+# Writes one fact as one line; control characters, newlines among them, become '?'.
+anchor_keep() {
+    anchor_printable "$2"
+    printf '%s\n' "$anchor_printable" >"$1"
+}
+
+# usage: anchor_say LEVEL TEXT
+# Writes one line to boot.log and stderr (the console, and the journal where systemd runs).
+anchor_say() {
+    anchor_printable "$2"
+    anchor_uptime_ms
+    printf '[%6d.%02d] %s%s\n' $((anchor_uptime_ms / 1000)) $((anchor_uptime_ms % 1000 / 10)) "$1" "$anchor_printable" \
+        >>"$ANCHOR_RUN/boot.log" 2>/dev/null
+    printf 'anchor: %s%s\n' "$1" "$anchor_printable" >&2
+}
+
+# usage: anchor_info TEXT...
+anchor_info() {
+    anchor_say '' "$*"
+}
+
+# usage: anchor_warn TEXT...
+anchor_warn() {
+    anchor_say 'warning: ' "$*"
+}
+
+# usage: anchor_fail WHAT [HINT]
+# Says what failed and what to do about it, keeps both for boot.json. Always returns 1.
+anchor_fail() {
+    anchor_say 'error: ' "$1"
+    [ -z "${2:-}" ] || anchor_say 'hint: ' "$2"
+    if [ -n "${anchor_step_dir:-}" ]; then
+        anchor_keep "$anchor_step_dir/error" "$1"
+        anchor_keep "$anchor_step_dir/hint" "${2:-}"
+    fi
+    return 1
+}
+
+# usage: anchor_note KEY VALUE
+# Adds a string to the running step's record; KEY is a plain lower-case word.
+anchor_note() {
+    [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/note-$1" "$2"
+}
+
+# usage: anchor_note_number KEY N
+# Adds an integer to the running step's record.
+anchor_note_number() {
+    [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "$2"
+}
+
+# usage: anchor_json TEXT
+# Sets anchor_json: TEXT as a JSON string, quotes included. Control characters become '?'.
+anchor_json() {
+    local rest out='' head
+    anchor_printable "$1"
+    rest=$anchor_printable
+    while :; do
+        case $rest in
+            *[\"\\]*)
+                head=${rest%%[\"\\]*}
+                rest=${rest#"$head"}
+                case $rest in
+                    \"*) out="$out$head\\\"" ;;
+                    *) out="$out$head\\\\" ;;
+                esac
+                rest=${rest#?}
+                ;;
+            *) break ;;
+        esac
+    done
+    anchor_json="\"$out$rest\""
+}
+
+# usage: anchor_step_begin STEP [STAGE]
+# Starts the record of a step. Sets anchor_step_dir, which the step's subshell inherits.
+anchor_step_begin() {
+    local n=10
+    while [ -d "$ANCHOR_RUN/steps/$n" ]; do n=$((n + 1)); done
+    anchor_step_dir="$ANCHOR_RUN/steps/$n"
+    mkdir "$anchor_step_dir" || return 1
+    anchor_uptime_ms
+    anchor_keep "$anchor_step_dir/step" "$1"
+    anchor_keep "$anchor_step_dir/stage" "${2:-}"
+    anchor_keep "$anchor_step_dir/start" "$anchor_uptime_ms"
+    anchor_event "{\"event\":\"begin\",\"step\":\"$1\",\"stage\":\"${2:-}\",\"at_ms\":$anchor_uptime_ms}"
+}
+
+# usage: anchor_step_end RESULT
+# Ends the running step with "ok" or "failed", says so, and brings boot.json up to date.
+anchor_step_end() {
+    anchor_uptime_ms
+    anchor_recall "$anchor_step_dir/start"
+    anchor_keep "$anchor_step_dir/result" "$1"
+    anchor_keep "$anchor_step_dir/duration" $((anchor_uptime_ms - anchor_recall))
+    anchor_step_json "$anchor_step_dir"
+    anchor_keep "$anchor_step_dir/json" "{$anchor_step_json}"
+    anchor_event "{\"event\":\"end\",$anchor_step_json}"
+    anchor_step_dir=
+    anchor_boot_write
+}
+
+# usage: anchor_step_json DIR
+# Sets anchor_step_json: the members of a step's record, without the braces.
+anchor_step_json() {
+    local dir="$1" file key members=''
+    for key in step stage result; do
+        anchor_recall "$dir/$key"
+        anchor_json "$anchor_recall"
+        members="$members\"$key\":$anchor_json,"
+    done
+    anchor_recall "$dir/start"
+    members="$members\"start_ms\":$anchor_recall"
+    anchor_recall "$dir/duration"
+    members="$members,\"duration_ms\":$anchor_recall"
+    for file in "$dir"/number-*; do
+        [ -e "$file" ] || continue
+        anchor_recall "$file"
+        members="$members,\"${file##*/number-}\":$anchor_recall"
+    done
+    for file in "$dir"/note-* "$dir"/error "$dir"/hint; do
+        anchor_recall "$file"
+        [ -n "$anchor_recall" ] || continue
+        anchor_json "$anchor_recall"
+        key=${file##*/}
+        members="$members,\"${key#note-}\":$anchor_json"
+    done
+    anchor_step_json=$members
+}
+
+# usage: anchor_boot_json
+# Sets anchor_boot_json: the whole report of this boot on one line.
+anchor_boot_json() {
+    local file fact head='' steps=''
+    for fact in anchor kernel node result; do
+        anchor_recall "$ANCHOR_RUN/steps/$fact"
+        anchor_json "$anchor_recall"
+        head="$head\"$fact\":$anchor_json,"
+    done
+    for fact in switch_root_ms ready_ms; do
+        anchor_recall "$ANCHOR_RUN/steps/$fact"
+        [ -z "$anchor_recall" ] || head="$head\"$fact\":$anchor_recall,"
+    done
+    for file in "$ANCHOR_RUN"/steps/*/json; do
+        anchor_recall "$file"
+        steps="$steps${steps:+,}$anchor_recall"
+    done
+    anchor_boot_json="{$head\"steps\":[$steps]}"
+}
+
+# usage: anchor_boot_set FACT VALUE
+# Keeps a fact about the whole boot: anchor (the version), kernel, node, result, switch_root_ms, ready_ms.
+anchor_boot_set() {
+    anchor_keep "$ANCHOR_RUN/steps/$1" "$2"
+}
+
+# usage: anchor_boot_write
+# Writes boot.json whole, then renames it into place.
+anchor_boot_write() {
+    anchor_boot_json
+    printf '%s\n' "$anchor_boot_json" >"$ANCHOR_RUN/boot.json.new" &&
+        mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json"
+}
+
+# usage: anchor_event JSON
+# Sends one line of JSON to the terminal that rd.anchor.events= names, if any.
+anchor_event() {
+    [ -n "${anchor_events:-}" ] && [ -c "/dev/$anchor_events" ] || return 0
+    printf '%s\n' "$1" >"/dev/$anchor_events"
+}

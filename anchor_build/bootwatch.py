@@ -80,13 +80,13 @@ class Watcher:
     """Is told what happens during a boot; this one keeps it to itself."""
 
     def event(self, event: Event) -> None:
-        """The node reported something."""
+        """Take note of what the node reported."""
 
     def console_line(self, line: str) -> None:
-        """The console showed a line, here without escape sequences."""
+        """Take note of a line on the console, here without escape sequences."""
 
     def tick(self) -> None:
-        """A moment has passed."""
+        """Take note that a moment has passed."""
 
 
 class BootInterruptedError(KeyboardInterrupt):
@@ -225,8 +225,7 @@ def _explain(seen: _Observation, outcome: Outcome) -> tuple[str, str]:
     """Return the reason and the hint for an outcome that the node itself made known."""
     if outcome == "failed":
         event = next(event for event in seen.events if isinstance(event, Failed))
-        where = event.step + (f" ({event.stage})" if event.stage else "")
-        return f"the node reported that step {where} failed: {event.error}", event.hint
+        return f"the node reported that step {step_name(event)} failed: {event.error}", event.hint
     return {
         "panic": (f"the kernel stopped: {seen.panic}", ""),
         "emergency": (f"the node fell into an emergency shell: {seen.emergency}", ""),
@@ -248,28 +247,29 @@ def describe(event: Event) -> str:
         case Boot():
             return f"anchor {event.version} started"
         case Begin():
-            return f"step {_step(event)} began at {event.at_ms / 1000:.1f} s"
+            return f"step {step_name(event)} began at {event.at_ms / 1000:.1f} s"
         case End():
             how = "done" if event.ok else "failed"
-            return f"step {_step(event)} {how} after {event.duration_ms / 1000:.1f} s"
+            return f"step {step_name(event)} {how} after {event.duration_ms / 1000:.1f} s"
         case Failed():
-            return f"step {_step(event)} failed; next: {event.on_failure}"
+            return f"step {step_name(event)} failed; next: {event.on_failure}"
         case SwitchRoot():
             return f"switch_root at {event.at_ms / 1000:.1f} s"
         case Ready():
             return f"ready at {event.at_ms / 1000:.1f} s"
 
 
-def _step(event: Begin | End | Failed) -> str:
+def step_name(event: Begin | End | Failed) -> str:
+    """Return a step's name with its stage's, if it belongs to one."""
     return event.step + (f" ({event.stage})" if event.stage else "")
 
 
 def failure_text(result: BootResult) -> str:
     """Return everything that helps with a boot that failed, as the lines of one message."""
     last = describe(result.events[-1]) if result.events else "nothing"
-    lines = [result.reason, f"last report: {last}, after {result.seconds:.1f} s"]
+    lines = [result.reason, f"last report: {last} (given up after {result.seconds:.1f} s)"]
     if result.rejected:
-        lines += [f"{len(result.rejected)} lines on the events port were not understood:"]
+        lines += ["lines on the events port that are no events:"]
         lines += [f"  | {line}" for line in result.rejected[:5]]
     lines += ["end of the console:"] if result.console_tail else ["the console stayed empty"]
     lines += [f"  | {line}" for line in result.console_tail]

@@ -61,11 +61,14 @@ def find_dracut() -> Dracut:
 
 
 def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:
-    """Return the dracut modules to name: ours, and systemd with networkd where both are installed.
+    """Return the dracut modules to name: ours, the host's kind of sh, and systemd with networkd where installed.
 
     networkd starts seconds before the other network modules do; where it is missing, dracut's own choice stands.
     """
     ours = tuple(stage.module for stage in plan.all)
+    if Path("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
+        # Where the host's sh is dash the node's is too: dracut would prefer bash, which starts half as fast.
+        ours = ("dash", *ours)
     if (Path("/") / NETWORKD).exists() and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
         return (*SYSTEMD_MODULES, *ours)
     return ours

@@ -79,7 +79,7 @@ def check_machine(machine: Machine) -> None:
     problems = [f"{path}: no such file" for path in (machine.kernel, machine.initrd) if not path.is_file()]
     shapes = (
         ("memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
-        ("host name", machine.hostname, r"([A-Za-z0-9]([A-Za-z0-9-]{0,62}))?", "is not a host name"),
+        ("host name", machine.hostname, r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})?", "is not a host name"),
         ("mac", machine.mac, r"([0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5})?", "is not like 52:54:00:12:34:56"),
         ("rtc", machine.rtc, r"([0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8})?)?", "is not like 1970-01-01T00:00:00"),
     )
@@ -214,7 +214,9 @@ def boot(
     with _signals_interrupt(), _started(machine, console) as node:
         result = _watch(node, until, timeout, watcher)
         node.keep = keep and result.ok
-        return replace(result, pid_file=node.directory / "qemu.pid") if node.keep else result
+        if node.keep:
+            return replace(result, pid_file=node.directory / "qemu.pid")
+        return replace(result, console=None) if result.ok and console is None else result
 
 
 @contextmanager
@@ -227,7 +229,7 @@ def running(
     watcher: Watcher | None = None,
 ) -> Iterator[BootResult]:
     """Boot a node as `boot` does and have it until the block ends; raises AnchorError if it does not get there."""
-    with _started(machine, console) as node:
+    with _signals_interrupt(), _started(machine, console) as node:
         result = _watch(node, until, timeout, watcher)
         if not result.ok:
             raise AnchorError(failure_text(result), result.hint)
@@ -257,17 +259,23 @@ def _started(machine: Machine, console: Path | None) -> Iterator[_Node]:
     log = console or directory / "console.log"
     node = None
     try:
-        log.write_bytes(b"")  # what an earlier boot left must not be taken for this one's
+        _clear(log)
         child = start([program, *arguments(machine, directory, log)], log=directory / "qemu.log")
         node = _Node(child, machine, directory, log)
         yield node
-    except OSError as error:
-        raise AnchorError(f"{log}: {error.strerror}", "--console names a file that can be written") from error
     finally:
         if node is not None and not node.keep:
             _end(node.child)
         if node is None or not (node.keep or (node.wants_log and console is None)):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _clear(log: Path) -> None:
+    """Empty the console's log: what an earlier boot left must not be taken for this one's."""
+    try:
+        log.write_bytes(b"")
+    except OSError as error:
+        raise AnchorError(f"{log}: {error.strerror}", "name a console log that can be written") from None
 
 
 def _watch(node: _Node, until: Until, timeout: float, watcher: Watcher | None) -> BootResult:
@@ -289,6 +297,8 @@ def _end(child: subprocess.Popen[str]) -> None:
     """End QEMU, even if the one who waits for it has no patience left."""
     try:
         stop(child, grace=2.0)
+    except subprocess.TimeoutExpired:
+        pass  # killed, but held inside the kernel by a KVM that hangs: nobody can do more
     except BaseException:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -307,7 +317,7 @@ def _signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield

@@ -43,7 +43,7 @@ def missing(
             if find_program(initramfs, binary.name) is None:
                 problems.append(f"{stage.id}: the program {binary.name} is not inside")
         for driver in stage.drivers:
-            if not driver.startswith("=") and driver.replace("-", "_") not in drivers:
+            if is_promised(driver) and driver.replace("-", "_") not in drivers:
                 problems.append(f"{stage.id}: the driver {driver} is not inside")
         for source, target, mode in installed_files(stage):
             problems += _compare(initramfs, stage.id, target, module.files[source].content, mode)
@@ -53,6 +53,11 @@ def missing(
         if not any(initramfs.resolve(f"{tree}/{hook}/{name}") for tree in HOOK_TREES):
             problems.append(f"anchor: the {hook} hook is not inside")
     return problems
+
+
+def is_promised(driver: str) -> bool:
+    """Whether a declared driver must be there: not a whole directory (=drivers/net), nor one with a ?."""
+    return not driver.startswith("=") and not driver.endswith("?")
 
 
 def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode: int | None) -> list[str]:
@@ -117,7 +122,7 @@ def _claims(initramfs: Initramfs, stage: Stage, depends: Mapping[str, tuple[str,
         member = initramfs.resolve(library)
         if member:
             yield member.path
-    wanted = {driver.replace("-", "_") for driver in stage.drivers}
+    wanted = {driver.rstrip("?").replace("-", "_") for driver in stage.drivers}
     wanted |= {name for driver in wanted for name in depends.get(driver, ())}
     yield from (path for path in initramfs.members if ".ko" in path and _driver_name(path) in wanted)
 

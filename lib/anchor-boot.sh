@@ -127,9 +127,15 @@ anchor_step() {
 }
 
 # usage: anchor_boot_source KIND/NAME
-# Sources a stage's functions; NAME is as in function names, where _ may stand for a dash.
+# Sources a stage's functions; NAME is as in function names, where _ may stand for a dash. An image stage gets those of
+# every transport too: its URL decides which one it needs.
 anchor_boot_source() {
-    local dir name
+    local dir name file
+    for file in "$ANCHOR_STAGES"/transport/*/stage.sh; do
+        case $1 in
+            image/*) . "$file" || return 1 ;;
+        esac
+    done
     for dir in "$ANCHOR_STAGES/${1%/*}"/[0-9][0-9]-*/; do
         name=${dir%/}
         name=${name##*/[0-9][0-9]-}

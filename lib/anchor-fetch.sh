@@ -125,7 +125,7 @@ anchor_fetch__try() {
         if [ "$attempt" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$attempt"; then
             anchor_uptime_ms
             anchor_fail "gave up on $anchor_fetch_url after attempt $attempt of $anchor_fetch_attempts and \
-$(((anchor_uptime_ms - start) / 1000)) s of $anchor_fetch_timeout s: $anchor_fetch_error" \
+$(((anchor_uptime_ms - start + 500) / 1000)) s of $anchor_fetch_timeout s: $anchor_fetch_error" \
                 "${anchor_fetch_hint:-see to the server and the network between it and this node}"
             return 1
         fi

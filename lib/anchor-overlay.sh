@@ -66,7 +66,7 @@ anchor_overlay__space() {
 # usage: anchor_overlay__root BASE LOWER NEWROOT
 # Mounts the root, and over it an overlay for each writable directory.
 anchor_overlay__root() {
-    local dir error number=0
+    local dir error number=0 done=,
     case ",$anchor_overlay_write," in
         *,/,*)
             anchor_overlay__mount "$1" '' "$2" "$3"
@@ -82,6 +82,10 @@ anchor_overlay__root() {
         dir=${4%%,*}
         set -- "$1" "$2" "$3" "${4#*,}"
         anchor_overlay__covered "$dir" && continue
+        case $done in
+            *",$dir,"*) continue ;;
+        esac
+        done="$done$dir,"
         number=$((number + 1))
         anchor_overlay__check "$2" "$dir" &&
             anchor_overlay__mount "$1" "/$number" "$2$dir" "$3$dir" || return 1

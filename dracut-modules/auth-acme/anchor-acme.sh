@@ -35,8 +35,9 @@ anchor_acme__uacme() {
                 anchor_acme__uacme_says "${line#uacme: }"
                 case $line in *"the server reported the following error:") problem=1 ;; esac
                 ;;
-            [Rr]etry-[Aa]fter:*)
-                anchor_acme__retry_after=${line##*[!0-9]}
+            [Rr]etry-[Aa]fter:\ [0-9]*)
+                anchor_acme__retry_after=${line#*: }
+                anchor_acme__retry_after=${anchor_acme__retry_after%%[!0-9]*}
                 ;;
             '    "type": "'*)
                 [ -z "$problem" ] || anchor_acme__problem=${line#*: }

@@ -162,10 +162,11 @@ anchor_acme__listening() {
 }
 
 # usage: anchor_acme__responder_end
-# timeout(1) passes the signal on to the whole group that it leads.
+# Kills the whole process group, which timeout(1) leads: there is nothing to save, and ualpn 1.7.4 sometimes hangs when
+# it and its worker are told to end at the same time.
 anchor_acme__responder_end() {
     [ -n "$anchor_acme__responder" ] || return 0
-    kill "$anchor_acme__responder" 2>/dev/null
+    kill -KILL -- "-$anchor_acme__responder" 2>/dev/null || kill -KILL "$anchor_acme__responder" 2>/dev/null
     wait "$anchor_acme__responder" 2>/dev/null
     anchor_acme__responder=
 }

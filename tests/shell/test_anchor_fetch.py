@@ -1,0 +1,334 @@
+"""The download loop: attempts, waits, limits and digests, with transports that are a few lines of shell."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.shell.conftest import LIB, SHELLS, Shell
+
+# What the core provides: reports, parameters, and which transport carries a scheme. `od` is where random numbers
+# come from; this one always says 0, so that the waits between attempts are as short as they can be.
+PROLOGUE = r"""
+. "$LIB/anchor-report.sh"
+. "$LIB/anchor-fetch.sh"
+anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
+anchor_stage_for_scheme() {
+    case $1 in
+        https) anchor_transport_needs_digest=0 ;;
+        http) anchor_transport_needs_digest=1 ;;
+        *) return 1 ;;
+    esac
+    anchor_transport=fake
+}
+od() { printf '%s\n' "${RANDOM_NUMBER:-0}"; }
+count() {
+    printf '%s %s\n' "$anchor_fetch_left" "$3" >>"$ANCHOR_ROOT/calls"
+    calls=$((${calls:-0} + 1))
+}
+"""
+DEFAULTS = {"timeout": 30, "connect_timeout": 5, "stall": 5, "attempts": 4, "reserve": 1000}
+URL = "https://store.example/images/node.squashfs"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's root and shell, with a fake transport."""
+
+    shell: Shell
+
+    @property
+    def image(self) -> Path:
+        """Where the download goes."""
+        return self.shell.root / "run/anchor/image/node.squashfs"
+
+    def script(self, transport: str, setup: str = "") -> str:
+        """Return shell text that downloads with this body of anchor_fake_run."""
+        run = f'anchor_fake_run() {{\ncount "$@"\n{transport}\n}}'
+        return "\n".join([PROLOGUE, setup, run, 'anchor_fetch "$@"'])
+
+    def environment(self, parameters: Mapping[str, int]) -> dict[str, str]:
+        return {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
+
+    def fetch(
+        self,
+        transport: str,
+        *,
+        url: str = URL,
+        sha256: str = "",
+        image: Path | None = None,
+        setup: str = "",
+        env: Mapping[str, str] | None = None,
+        **parameters: int,
+    ) -> subprocess.CompletedProcess[str]:
+        """Download, and make sure that nothing is left running or lying about."""
+        environment = {**self.environment(parameters), **(env or {})}
+        done = self.shell.run(self.script(transport, setup), url, str(image or self.image), sha256, env=environment)
+        assert processes_of(self.shell.root) == []
+        assert not list(self.image.parent.glob("*.fetch"))
+        return done
+
+    def calls(self) -> list[tuple[int, int]]:
+        """Return the seconds left and the size limit of each attempt."""
+        log = self.shell.root / "calls"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [(int(line.split()[0]), int(line.split()[1])) for line in lines]
+
+    def notes(self) -> dict[str, str]:
+        """Return what the step's record got."""
+        step = self.shell.root / "run/anchor/steps/10"
+        return {path.name: path.read_text().rstrip("\n") for path in step.iterdir()}
+
+
+@pytest.fixture
+def node(shell: Shell) -> Node:
+    return prepared(shell)
+
+
+def prepared(shell: Shell) -> Node:
+    for name in ("run/anchor/image", "run/anchor/steps/10", "proc"):
+        (shell.root / name).mkdir(parents=True)
+    memory(shell.root, 100_000)
+    return Node(shell)
+
+
+def memory(root: Path, kib: int) -> None:
+    (root / "proc/meminfo").write_text(f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\n")
+
+
+def processes_of(root: Path) -> list[str]:
+    """Return the command lines of all processes that were started for this node."""
+
+    def found() -> Iterator[str]:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"ANCHOR_ROOT={root}\0".encode() in (process / "environ").read_bytes():
+                    yield (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+
+    return list(found())
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_whole_file_arrives_with_its_digest(node: Node) -> None:
+    done = node.fetch('printf hello >>"$2"', url="https://u:pw@store.example/a/b.img?key=s3cret#x")
+    assert done.returncode == 0, done.stderr
+    assert node.image.read_bytes() == b"hello"
+    assert node.image.stat().st_mode & 0o777 == 0o600
+    assert node.notes() == {
+        "note-url": "https://store.example/a/b.img",
+        "note-sha256": digest(b"hello"),
+        "number-bytes": "5",
+        "number-attempts": "1",
+    }
+    assert "fetched b.img: 5 bytes in 0." in done.stderr
+    assert "s3cret" not in done.stderr
+    assert "pw" not in done.stderr
+
+
+def test_the_right_digest_is_accepted(node: Node) -> None:
+    done = node.fetch('printf hello >>"$2"', url="http://store.example/x", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert node.image.read_bytes() == b"hello"
+
+
+def test_a_wrong_digest_removes_the_file_and_names_both(node: Node) -> None:
+    done = node.fetch('printf hellO >>"$2"', sha256=digest(b"hello"))
+    assert done.returncode == 1
+    assert not node.image.exists()
+    assert f"its SHA-256 digest is {digest(b'hellO')}, expected {digest(b'hello')}" in done.stderr
+    assert len(node.calls()) == 1
+    assert node.notes()["note-sha256"] == digest(b"hellO")
+
+
+def test_the_digest_covers_what_several_attempts_brought(node: Node) -> None:
+    transport = """
+        printf "part$calls" >>"$2"; sleep 0.3; printf . >>"$2"
+        [ "$calls" = 3 ] || { anchor_fetch_error="broke off"; return 2; }
+    """
+    done = node.fetch(transport, sha256=digest(b"part1.part2.part3."))
+    assert done.returncode == 0, done.stderr
+    assert node.notes()["number-attempts"] == "3"
+    assert "node.squashfs: attempt 1 of 4: broke off; next in 0.0 s" in done.stderr
+
+
+def test_starting_from_zero_forgets_the_bytes_and_their_digest(node: Node) -> None:
+    transport = '[ "$calls" = 2 ] || { printf old >>"$2"; sleep 0.3; return 3; }; printf new >>"$2"'
+    done = node.fetch(transport, sha256=digest(b"new"))
+    assert done.returncode == 0, done.stderr
+    assert node.image.read_bytes() == b"new"
+
+
+def test_a_large_file_is_digested_while_it_grows(node: Node) -> None:
+    done = node.fetch('for i in 1 2 3 4 5; do head -c 2000000 /dev/zero >>"$2"; sleep 0.1; done')
+    assert done.returncode == 0, done.stderr
+    assert node.notes()["note-sha256"] == digest(bytes(10_000_000))
+
+
+def test_the_end_is_seen_at_once(node: Node) -> None:
+    # Between two looks at the file the digest sleeps, in a process of its own; here for 5 s.
+    begun = time.monotonic()
+    done = node.fetch('printf x >>"$2"; command sleep 0.5', setup="sleep() { exec sleep 5; }")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 2.5
+
+
+def test_a_permanent_failure_is_final(node: Node) -> None:
+    done = node.fetch('printf x >>"$2"; anchor_fail "no such file" "look elsewhere"; return 1')
+    assert done.returncode == 1
+    assert len(node.calls()) == 1
+    assert done.stderr.splitlines() == ["anchor: error: no such file", "anchor: hint: look elsewhere"]
+    assert not node.image.exists()
+
+
+def test_the_attempts_are_counted_and_the_last_error_told(node: Node) -> None:
+    done = node.fetch('anchor_fetch_error="error $calls" anchor_fetch_hint="do this"; return 2', attempts=3)
+    assert done.returncode == 1
+    assert len(node.calls()) == 3
+    assert f"gave up on {URL} after attempt 3 of 3 and 0 s of 30 s: error 3" in done.stderr
+    assert "hint: do this" in done.stderr
+    assert not node.image.exists()
+
+
+def test_the_deadline_ends_the_attempts(node: Node) -> None:
+    begun = time.monotonic()
+    done = node.fetch("sleep 0.3; anchor_fetch_error=slow; return 2", attempts=1000, timeout=1)
+    assert done.returncode == 1
+    assert time.monotonic() - begun < 2.5
+    assert 2 <= len(node.calls()) <= 4
+    assert "of 1000 and 1 s of 1 s: slow" in done.stderr
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [("1", 1, 1.8), ("99999", 1.5, 2.8)])
+def test_the_servers_wish_is_a_wait_within_limits(node: Node, asked: str, least: float, most: float) -> None:
+    # With 4 s in all, no wait is longer than half of what is left.
+    transport = f'[ "$calls" = 2 ] || {{ anchor_fetch_error=busy anchor_fetch_retry_after={asked}; return 2; }}'
+    begun = time.monotonic()
+    done = node.fetch(transport, timeout=4)
+    assert done.returncode == 0, done.stderr
+    assert least <= time.monotonic() - begun < most
+
+
+def test_the_wait_is_a_random_part_of_a_window_that_doubles(node: Node) -> None:
+    setup = "sleep() { command sleep 0.01; }"
+    transport = "anchor_fetch_error=busy; return 2"
+    done = node.fetch(transport, setup=setup, attempts=9, timeout=3600, env={"RANDOM_NUMBER": "59999"})
+    waits = [line.rpartition("next in ")[2] for line in done.stderr.splitlines() if "next in" in line]
+    numbers = [59999 % (1000 * window + 1) for window in (1, 2, 4, 8, 16, 32, 60, 60)]
+    assert waits == [f"{number // 1000}.{number % 1000 // 100} s" for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://store.example/x?key=s3cret", "refused to fetch http://store.example/x without a digest"),
+        ("gopher://store.example/x", "can fetch gopher:// URLs"),
+        ("/etc/passwd", "does not start with a scheme"),
+        ("https://store.example/\nurl=file:///etc/passwd", "a character that no URL has"),
+        ('https://store.example/"x', "a character that no URL has"),
+        ("https://store.example/\\x", "a character that no URL has"),
+        ("https://store.example/ü", "a character that no URL has"),
+    ],
+)
+def test_what_may_not_be_fetched_is_refused_before_any_connection(node: Node, url: str, message: str) -> None:
+    done = node.fetch('printf x >>"$2"', url=url)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "s3cret" not in done.stderr
+    assert node.calls() == []
+
+
+def test_a_malformed_digest_is_refused(node: Node) -> None:
+    done = node.fetch('printf x >>"$2"', sha256="12ab")
+    assert done.returncode == 1
+    assert "is not SHA-256" in done.stderr
+    assert node.calls() == []
+
+
+def test_the_limit_is_what_memory_leaves(node: Node) -> None:
+    memory(node.shell.root, 10_000)
+    transport = 'head -c 1000 /dev/zero >>"$2"; anchor_fetch_error=again; [ "$calls" = 2 ] || return 2'
+    assert node.fetch(transport, reserve=1_000_000).returncode == 0
+    # What is already in the file counts as available again.
+    assert [limit for _, limit in node.calls()] == [9_240_000, 9_241_000]
+
+
+def test_without_room_nothing_is_asked_for(node: Node) -> None:
+    memory(node.shell.root, 50 * 1024)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20)
+    assert done.returncode == 1
+    assert node.calls() == []
+    assert "50.0 MiB of memory available, of which 64.0 MiB stay free" in done.stderr
+
+
+def test_names_stay_names(node: Node) -> None:
+    image = node.image.with_name("-a b'\"$(touch pwned)*;.img")
+    done = node.fetch('printf hello >>"$2"', image=image, url="https://s/$(touch${IFS}pwned)`x`;&*[a]{b,c}'")
+    assert done.returncode == 0, done.stderr
+    assert image.read_bytes() == b"hello"
+    assert [path.name for path in image.parent.iterdir()] == [image.name]
+    assert not Path("pwned").exists()
+
+
+def test_a_second_download_replaces_the_first_and_what_a_crash_left(node: Node) -> None:
+    node.image.write_bytes(b"older and longer")
+    crashed = node.image.with_name(node.image.name + ".fetch")
+    crashed.mkdir()
+    (crashed / "data").write_bytes(b"half")
+    (crashed / "end").touch()
+    assert node.fetch('printf hello >>"$2"').returncode == 0
+    assert node.image.read_bytes() == b"hello"
+
+
+def test_a_directory_is_not_replaced(node: Node) -> None:
+    node.image.mkdir()
+    done = node.fetch('printf hello >>"$2"')
+    assert done.returncode == 1
+    assert "cannot write beside" in done.stderr
+    assert node.image.is_dir()
+
+
+def test_progress_is_told_about_every_two_seconds(tmp_path: Path) -> None:
+    node = prepared(Shell("dash", tmp_path))
+    transport = """
+        for i in 1 2 3 4 5; do head -c 1048576 /dev/zero >>"$2"; sleep 0.5; done
+    }
+    anchor_fake__total() { anchor_fetch_total=10485760"""
+    done = node.fetch(transport)
+    lines = [line for line in done.stderr.splitlines() if "fetching" in line]
+    assert len(lines) == 1
+    assert "fetching node.squashfs: " in lines[0]
+    assert " MiB of 10.0 MiB (" in lines[0]
+    assert lines[0].endswith("/s")
+
+
+@pytest.mark.parametrize("name", sorted(SHELLS))
+def test_an_end_from_outside_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    node = prepared(Shell(name, tmp_path))
+    script = node.script('printf x >>"$2"; sleep 20; return 2')
+    argv = [*SHELLS[name], "-c", script, name, URL, str(node.image)]
+    environment = {"PATH": os.environ["PATH"], "LIB": str(LIB), "ANCHOR_ROOT": str(tmp_path)}
+    child = subprocess.Popen(argv, env={**environment, **node.environment({})}, start_new_session=True)
+    until = time.monotonic() + 5
+    while not node.calls() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGTERM)
+    child.wait(timeout=5)
+    until = time.monotonic() + 3
+    while processes_of(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes_of(tmp_path) == []
+    assert list(node.image.parent.iterdir()) == []

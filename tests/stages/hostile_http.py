@@ -1,0 +1,191 @@
+"""A fake HTTP server that misbehaves on purpose, for what a real one cannot be made to do.
+
+Each request is answered by the next fault of the list; the last fault answers all that follow.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from contrib.site.pki import Leaf
+
+LAST_MODIFIED = "Sat, 01 Jan 2022 00:00:00 GMT"
+
+
+class Exchange(BaseHTTPRequestHandler):
+    """One request and its answer; the connection ends with it."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answer with the next fault."""
+        self.close_connection = True
+        self.server.answer(self)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # the base class's name
+        """Stay silent: `Hostile.requests` is the log."""
+
+    @property
+    def offset(self) -> int:
+        """Where the asked-for range begins; 0 without one."""
+        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        return int(found[1]) if found else 0
+
+    def head(self, status: int, headers: Mapping[str, str | int]) -> None:
+        """Send the status line and exactly these headers."""
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def body(self, data: bytes) -> None:
+        """Send bytes; a client that has hung up is no error."""
+        with suppress(OSError):
+            self.wfile.write(data)
+
+
+Fault = Callable[[Exchange], None]
+
+
+@dataclass
+class Hostile:
+    """A running fake: its port, and for each request its path and headers."""
+
+    port: int
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    def url(self, path: str = "/image.squashfs", scheme: str = "http") -> str:
+        """Return the URL of a path on this server."""
+        return f"{scheme}://127.0.0.1:{self.port}{path}"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, faults: tuple[Fault, ...], tls: Leaf | None) -> None:
+        super().__init__(("127.0.0.1", 0), Exchange)
+        self.faults = faults
+        self.stopped = threading.Event()
+        self.hostile = Hostile(self.server_port)
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls.certificate, tls.key)
+            # The handshake belongs to the connection's own thread: a client that refuses it must not stop the server.
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+
+    def answer(self, exchange: Exchange) -> None:
+        """Let the next fault answer."""
+        self.hostile.requests.append((exchange.path, dict(exchange.headers)))
+        self.faults[min(len(self.hostile.requests), len(self.faults)) - 1](exchange)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients hang up on this server all the time."""
+
+
+@contextmanager
+def hostile(*faults: Fault, tls: Leaf | None = None) -> Iterator[Hostile]:
+    """Run the fake on a free port of 127.0.0.1, with `tls` over HTTPS, until the body is left."""
+    server = _Server(faults, tls)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server.hostile
+    finally:
+        server.stopped.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def whole(
+    data: bytes, *, etag: str | None = '"v1"', sent: int | None = None, stall: bool = False, check: bool = True
+) -> Fault:
+    """Serve `data` as a good server does, ranges and If-Range included.
+
+    With `sent` only that many bytes go out before the connection ends, or with `stall` falls silent.
+    Without `check` a range is served whatever If-Range asks for. Without `etag` there is a date alone.
+    """
+
+    def answer(exchange: Exchange) -> None:
+        validator = etag or LAST_MODIFIED
+        headers: dict[str, str | int] = {"ETag": etag} if etag else {"Last-Modified": LAST_MODIFIED}
+        start = exchange.offset
+        if check and exchange.headers.get("If-Range", validator) != validator:
+            start = 0
+        if start > 0 and start >= len(data):
+            exchange.head(416, {**headers, "Content-Range": f"bytes */{len(data)}", "Content-Length": 0})
+            return
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        exchange.head(206 if start else 200, {**headers, "Content-Length": len(data) - start})
+        exchange.body(data[start:] if sent is None else data[start : start + sent])
+        if stall:
+            exchange.wfile.flush()
+            exchange.server.stopped.wait(30)
+
+    return answer
+
+
+def ignoring_ranges(data: bytes, *, sent: int | None = None) -> Fault:
+    """Serve all of `data` (or its first `sent` bytes) with status 200, whatever range was asked for."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.head(200, {"ETag": '"v1"', "Content-Length": len(data)})
+        exchange.body(data if sent is None else data[:sent])
+
+    return answer
+
+
+def status(code: int, headers: Mapping[str, str | int] | None = None, page: bytes = b"<h1>Sorry</h1>") -> Fault:
+    """Answer with a status and an error page."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.head(code, {"Content-Length": len(page), **(headers or {})})
+        exchange.body(page)
+
+    return answer
+
+
+def redirect(to: str) -> Fault:
+    """Send the client somewhere else."""
+    return status(302, {"Location": to})
+
+
+def chunked(data: bytes, *, times: int = 1, end: bool = True, etag: str = '"v1"') -> Fault:
+    """Serve `data` `times` times in chunks, without a length; without `end` the last chunk never comes."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.head(200, {"Transfer-Encoding": "chunked", "ETag": etag})
+        for _ in range(times):
+            exchange.body(b"%x\r\n%s\r\n" % (len(data), data))
+        if end:
+            exchange.body(b"0\r\n\r\n")
+
+    return answer
+
+
+def unframed(data: bytes) -> Fault:
+    """Serve `data` with no sign of where it ends but the end of the connection."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.head(200, {})
+        exchange.body(data)
+
+    return answer
+
+
+def raw(data: bytes) -> Fault:
+    """Answer with these bytes and nothing else."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.body(data)
+
+    return answer

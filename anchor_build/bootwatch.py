@@ -209,6 +209,7 @@ def observe(
             seen.watcher.tick()
             time.sleep(POLL_S)
     except KeyboardInterrupt:
+        seen.read()
         raise BootInterruptedError(seen.result("interrupted", "the boot was interrupted")) from None
 
 

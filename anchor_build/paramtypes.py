@@ -17,7 +17,7 @@ Options = Mapping[str, object]
 
 MAX_BYTES = 4096
 MAX_DIGITS = 18
-MAX_INTEGER = 2**63 - 1  # the largest number that every shell computes with
+MAX_INTEGER = 10**MAX_DIGITS - 1  # what every shell computes with; the same limit for a product
 
 SIZE_FACTORS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 DURATION_FACTORS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -31,8 +31,8 @@ SIZE = re.compile(r"([0-9]+)(?:([kmgt])i?)?b?", re.IGNORECASE | re.ASCII)
 DURATION = re.compile(r"([0-9]+)([smhd]?)")
 LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 MAILBOX = re.compile(r"(?![.-])(?!.*\.\.)[A-Za-z0-9._%+-]{1,64}(?<!\.)")
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
-LOWER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}")
+LOWER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,15}")
 WORD = re.compile(r"[!-~]+")
 # RFC 3986, without the single quote and without a fragment.
 URL_USER = re.compile(r"[A-Za-z0-9._~:!$&()*+,;=%-]+")
@@ -96,9 +96,9 @@ def check_options(type_name: str, options: Options) -> list[str]:
         return [f"type is not one of: {' '.join(TYPES)}"]
     if type_name == "list":
         element = options.get("of")
-        if element not in TYPES or element == "list":
+        if not isinstance(element, str) or element not in TYPES or element == "list":
             return ["of does not name the type of the elements, which is any type but list"]
-        return check_options(str(element), {key: options[key] for key in options if key != "of"})
+        return check_options(element, {key: options[key] for key in options if key != "of"})
     known = TYPES[type_name].options
     problems = [f"{key} is not an option of type {type_name}" for key in options if key not in known]
     if "min" in known:
@@ -121,14 +121,12 @@ def _check_bare(bare: object, schemes: object) -> list[str]:
 
 
 def _check_bounds(type_name: str, options: Options) -> list[str]:
-    bounds = {key: options[key] for key in ("min", "max") if key in options}
     lowest = -MAX_INTEGER if type_name == "int" else 0
-    numbers = [bound for bound in bounds.values() if type(bound) is int and lowest <= bound <= MAX_INTEGER]
-    if len(numbers) < len(bounds):
-        return [f"{' and '.join(bounds)} must be whole numbers from {lowest} to {MAX_INTEGER}"]
-    if numbers != sorted(numbers):
-        return ["min is greater than max"]
-    return []
+    bounds = {key: options[key] for key in ("min", "max") if key in options}
+    numbers = {key: bound for key, bound in bounds.items() if type(bound) is int and lowest <= bound <= MAX_INTEGER}
+    if numbers.keys() == bounds.keys():
+        return ["min is greater than max"] if list(numbers.values()) != sorted(numbers.values()) else []
+    return [f"{key} must be a whole number from {lowest} to {MAX_INTEGER}" for key in bounds if key not in numbers]
 
 
 def _check_words(key: str, words: object, word: re.Pattern[str], meaning: str) -> list[str]:

@@ -17,10 +17,13 @@ KINDS = ("auth", "transport", "image")
 PREFIX = "rd.anchor."
 DECLARATION = "stage.toml"
 SCRIPT = "stage.sh"
+# What render.py puts into every module: no file or library of a stage may have one of these names.
+RENDERED = ("module-setup.sh", "params.sh", SCRIPT)
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
-CORE_PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)?")
+# Two underscores in a row mark what is private to the shell functions.
+PARAM_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+CORE_PARAM_NAME = re.compile(rf"{PARAM_NAME.pattern}(\.{PARAM_NAME.pattern})?")
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
@@ -149,7 +152,7 @@ class _Table:
             return default
         if pattern is not None and not pattern.fullmatch(value):
             self.problem(key, f"{value!r} does not match {pattern.pattern}")
-        if any(ord(c) < 32 for c in value):
+        elif not value.isprintable():
             self.problem(key, "holds control characters")
         return value
 
@@ -223,7 +226,8 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
     if kind not in (*KINDS, "core"):
         header.problem("kind", f"{kind!r} is none of {', '.join(KINDS)}")
     name = header.text("name", NAME, required=True)
-    if header.data.pop("api", None) != API:
+    api = header.data.pop("api", None)
+    if type(api) is not int or api != API:
         header.problem("api", f"is not {API}, the stage interface of this anchor-build")
     stage = Stage(
         kind=kind,
@@ -278,7 +282,8 @@ def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
     default = table.data.pop("default", None)
     options: dict[str, Any] = {}
     if type_name not in paramtypes.TYPES:
-        table.problem("type", f"{type_name!r} is none of {', '.join(sorted(paramtypes.TYPES))}")
+        if type_name:
+            table.problem("type", f"{type_name!r} is none of {', '.join(sorted(paramtypes.TYPES))}")
         for known in paramtypes.TYPES.values():
             for key in known.options:
                 table.data.pop(key, None)
@@ -288,8 +293,13 @@ def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
             element = paramtypes.TYPES.get(str(table.data.get("of", "")))
             keys = (*keys, *(element.options if element else ()))
         options = {key: table.data.pop(key) for key in keys if key in table.data}
-        for reason in paramtypes.check_options(type_name, options):
+        reasons = paramtypes.check_options(type_name, options)
+        if options.get("of") == "secret":
+            reasons = ["a list of secrets would not be kept secret"]
+        for reason in reasons:
             table.problem("type", reason)
+        if reasons:
+            default = None
     param = Param(
         name=name,
         key=f"{PREFIX}{name}" if core else f"{PREFIX}{stage_name}.{name}",
@@ -322,7 +332,7 @@ def _read_default(table: _Table, type_name: str, options: Mapping[str, Any], def
         return None
     try:
         return paramtypes.check_value(type_name, default, options) if type_name in paramtypes.TYPES else None
-    except (paramtypes.InvalidValueError, KeyError, TypeError) as error:
+    except paramtypes.InvalidValueError as error:
         table.problem("default", str(error))
         return None
 
@@ -340,10 +350,17 @@ def _check_param_names(stage: Stage, top: _Table) -> None:
             top.problems.append(f"{top.file}: param[{n}].digest: {param.digest!r} names no parameter of type sha256")
 
 
+_TAKEN = "has the name of a file of the rendered module"
+
+
 def _check_files(stage: Stage, problems: list[str]) -> None:
-    for file in stage.files:
-        if not (stage.directory / file.source).is_file():
-            problems.append(f"{stage.directory / file.source}: is missing, but {DECLARATION} installs it")
+    declaration = stage.directory / DECLARATION
+    for n, file in enumerate(stage.files):
+        if file.source in RENDERED:
+            problems.append(f"{declaration}: file[{n}].source: {file.source} {_TAKEN}")
+        elif FILE_NAME.fullmatch(file.source) and not (stage.directory / file.source).is_file():
+            problems.append(f"{declaration}: file[{n}].source: {file.source} is missing")
+    problems += [f"{declaration}: stage.libs: {lib} {_TAKEN}" for lib in stage.libs if lib in RENDERED]
     if stage.is_core:
         return
     functions = [f"anchor_{stage.word}_run"] + ([f"anchor_{stage.word}_mount"] if stage.kind == "image" else [])

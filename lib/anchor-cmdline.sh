@@ -105,6 +105,7 @@ anchor_cmdline__file() {
         esac
         "$2" "$line" "$3"
     done
+    return 0
 }
 
 # anchor_cmdline_each CALLBACK

@@ -183,7 +183,10 @@ anchor_fetch__pause() {
 # Begins an empty file and takes its digest in the background. Sets digester.
 anchor_fetch__follow() {
     rm -f "$work/end" "$work/feeder" "$file"
-    (umask 077 && : >"$file") || return 1
+    if ! (umask 077 && : >"$file"); then
+        anchor_fail "cannot write to $work" "is its file system full?"
+        return 1
+    fi
     # shellcheck disable=SC2094 # one process appends to the file while this one reads it
     anchor_fetch__feed <"$file" 3>"$work/feeder" | sha256sum >"$work/sha256" &
     digester=$!
@@ -216,7 +219,7 @@ anchor_fetch__feed() {
     until [ -e "$work/end" ]; do
         cat || return 1
         # The shell that began the download may have been killed.
-        kill -0 "$$" || return 1
+        kill -0 "$$" 2>/dev/null || return 1
         anchor_uptime_ms
         if [ $((anchor_uptime_ms - said)) -ge 2000 ]; then
             said=$anchor_uptime_ms

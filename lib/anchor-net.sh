@@ -115,7 +115,7 @@ anchor_net__resolver() {
     local file="${ANCHOR_ROOT:-}/etc/resolv.conf" servers search server
     [ -z "$(anchor_net__lines "$file" nameserver)" ] || return 0
     servers=$(anchor_net__hosts "$(anchor_net__known DNS new_domain_name_servers domain-name-servers nameserver)
-$(anchor_net__known '' new_dhcp6_name_servers dhcp6.name-servers '')")
+$(anchor_net__known '' new_dhcp6_name_servers dhcp6.name-servers '')" address)
     if [ -z "$servers" ]; then
         anchor_info "nobody gave this node a name server; host names will not resolve"
         return 0
@@ -125,7 +125,7 @@ $(anchor_net__known DOMAINNAME new_domain_name domain-name '')")
     {
         for server in $servers; do printf 'nameserver %s\n' "$server"; done
         # shellcheck disable=SC2086 # validated host names, one word each
-        [ -z "$search" ] || printf '%s\n' "search $(printf '%s ' $search)"
+        [ -z "$search" ] || printf '%s\n' "search$(printf ' %s' $search)"
     } >"$file.new" && mv -f "$file.new" "$file" && return 0
     anchor_fail "cannot write /etc/resolv.conf" "is the root file system of the initramfs full?"
     return 1
@@ -236,13 +236,7 @@ anchor_net__value() {
             "$2="*) anchor_net__value=${line#*=} ;;
         esac
     done <"$1"
-    case $anchor_net__value in
-        \'*\' | \"*\")
-            anchor_net__value=${anchor_net__value#?}
-            anchor_net__value=${anchor_net__value%?}
-            ;;
-    esac
-    [ -n "$anchor_net__value" ]
+    anchor_net__unquote
 }
 
 # usage: anchor_net__option FILE OPTION
@@ -254,6 +248,18 @@ anchor_net__option() {
     while read -r first name value; do
         [ "$first $name" = "option $2" ] && anchor_net__value=${value%;}
     done <"$1"
+    anchor_net__unquote
+}
+
+# usage: anchor_net__unquote
+# Takes a pair of quotes off anchor_net__value. Status 1 when nothing is left.
+anchor_net__unquote() {
+    case $anchor_net__value in
+        \'*\' | \"*\")
+            anchor_net__value=${anchor_net__value#?}
+            anchor_net__value=${anchor_net__value%?}
+            ;;
+    esac
     [ -n "$anchor_net__value" ]
 }
 
@@ -268,16 +274,20 @@ anchor_net__lines() {
     return 0
 }
 
-# usage: anchor_net__hosts TEXT
-# Prints the valid host names and addresses in TEXT, normalised, each once and on its own line. The parentheses make
-# it a subshell: neither IFS nor the missing globbing get out.
+# usage: anchor_net__hosts TEXT [address]
+# Prints the valid host names and addresses (or only addresses) in TEXT, normalised, each once and on its own line. The
+# parentheses make it a subshell: neither IFS nor the missing globbing get out.
 anchor_net__hosts() (
     seen=' '
     set -f
-    IFS=' ,	"
+    IFS=' ,	
 '
     for word in $1; do
-        anchor_type_host "$word" || continue
+        anchor_type_host "${word%.}" || continue
+        case ${2:-}:$anchor_value in
+            address:*:*) ;;
+            address:*[!0-9.]*) continue ;;
+        esac
         case $seen in
             *" $anchor_value "*) continue ;;
         esac

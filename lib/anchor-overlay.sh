@@ -56,9 +56,8 @@ anchor_overlay__undo() {
 # Mounts the tmpfs that holds everything written. Its root is closed: who may see a file is decided on the overlay.
 # An SELinux policy will want rootcontext=<label of the lower root> among these options.
 anchor_overlay__space() {
-    local error
-    mkdir -p "$1" || return 1
-    error=$(mount -t tmpfs -o "mode=0700,nosuid,nodev,size=$anchor_overlay_size" anchor-overlay "$1" 2>&1) && return 0
+    local error options="mode=0700,nosuid,nodev,size=$anchor_overlay_size"
+    error=$({ mkdir -p "$1" && mount -t tmpfs -o "$options" anchor-overlay "$1"; } 2>&1) && return 0
     anchor_fail "cannot make the writable layer of $anchor_overlay_size: $error" "see rd.anchor.overlay.size="
     return 1
 }

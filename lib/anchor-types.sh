@@ -12,7 +12,7 @@
 # shellcheck disable=SC3043 # `local` is the one extension that dash, busybox and bash share
 
 ANCHOR_TYPE_MAX_BYTES=4096
-ANCHOR_TYPE_MAX_INTEGER=9223372036854775807
+ANCHOR_TYPE_MAX_INTEGER=999999999999999999 # 18 digits: no shell overflows
 ANCHOR_TYPE_HEX_PAIR='[0-9A-Fa-f][0-9A-Fa-f]'
 ANCHOR_TYPE_LETTERS=AaBbCcDdEeFfGgHhIiJjKkLlMmNnOoPpQqRrSsTtUuVvWwXxYyZz
 
@@ -34,7 +34,7 @@ anchor_type__text() {
     esac
 }
 
-# anchor_type__lower TEXT: sets $anchor_value to TEXT with A-Z in lower case.
+# anchor_type__lower TEXT: sets $anchor_value to TEXT with A-Z in lower case. For short texts: the time is quadratic.
 anchor_type__lower() {
     local rest="$1" head letters
     anchor_value=''
@@ -43,7 +43,7 @@ anchor_type__lower() {
         anchor_value=$anchor_value$head
         rest=${rest#"$head"}
         [ -n "$rest" ] || return 0
-        letters=${ANCHOR_TYPE_LETTERS#*"${rest%"${rest#?}"}"}
+        letters=${ANCHOR_TYPE_LETTERS#*"${rest%%"${rest#?}"}"}
         anchor_value=$anchor_value${letters%"${letters#?}"}
         rest=${rest#?}
     done
@@ -329,7 +329,7 @@ anchor_type_url() {
     esac
     scheme=${url%%://*}
     case $scheme in
-        "$url" | '' | [!A-Za-z]* | *[!A-Za-z0-9+.-]*) anchor_type__refuse "$example" || return 1 ;;
+        "$url" | '' | [!A-Za-z]* | *[!A-Za-z0-9+.-]* | ?????????????????*) anchor_type__refuse "$example" || return 1 ;;
     esac
     anchor_type__lower "$scheme"
     scheme=$anchor_value

@@ -24,6 +24,8 @@ from pathlib import Path
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.run import run, start, stop, which
 
+# Where the demo and the tests keep images; nothing in it is needed, all of it can be made again.
+CACHE = Path(__file__).parents[2] / ".cache" / "site"
 FILES = Path(__file__).parent / "root"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 BUILD_TIMEOUT = 900.0
@@ -92,6 +94,7 @@ def build_image(cache: Path, *, authorized_key: str, suite: str = "bookworm") ->
 
     Raises AnchorError when a program is missing or a step fails.
     """
+    cache = cache.resolve()
     files = _files(authorized_key)
     recipe = json.dumps([suite, IMAGE_TIME, Path(__file__).read_text("utf-8")])
     digest = hashlib.sha256(recipe.encode() + files)

@@ -1,7 +1,8 @@
 """The servers of a site on the loopback interface: an ACME server (pebble) and an image store (nginx).
 
 Each is a context manager that returns when the server answers and has ended it, by process id, when the
-body is left, whichever way. By default a server also ends when the process that started it is killed.
+body is left, whichever way. By default a server also ends when the process that started it is killed;
+with `outlive` it does not, and goes on when its context is let go of (`ExitStack.pop_all`) instead of left.
 """
 
 from __future__ import annotations
@@ -113,8 +114,7 @@ def pebble(
 
     It validates http-01 at `http_port` and tls-alpn-01 at `tls_port`, and serves with a certificate of
     `authority`. `eab` maps key identifiers to base64url MAC keys and makes account binding compulsory.
-    `reject_nonces` is the percentage of good nonces it refuses. With `outlive` the server does not end
-    when the caller is killed.
+    `reject_nonces` is the percentage of good nonces it refuses.
     """
     directory.mkdir(parents=True, exist_ok=True)
     leaf = pki.issue(authority, directory, "pebble")
@@ -165,12 +165,12 @@ def nginx(
     """Serve the files of `root` over HTTPS, and with `plain` over HTTP too; logs and state go to `directory`.
 
     With `client_ca` the HTTPS listener answers only clients with a certificate of that CA; others get
-    status 400. With `outlive` the server does not end when the caller is killed.
+    status 400.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tmp").mkdir(exist_ok=True)
     https_port, http_port = free_port(), free_port() if plain else 0
-    client = f"ssl_client_certificate {client_ca}; ssl_verify_client on; ssl_verify_depth 4;"
+    client = f"ssl_client_certificate {client_ca and client_ca.resolve()}; ssl_verify_client on; ssl_verify_depth 4;"
     config = directory / "nginx.conf"
     config.write_text(
         NGINX_CONFIG.format(
@@ -199,10 +199,15 @@ def _running(
     # Debian keeps nginx in /usr/sbin; setpriv is exec'ed over, so the process id stays the server's own.
     tie = [] if outlive else ["setpriv", "--pdeathsig", "TERM", "--"]
     child = start([*tie, *argv], env=env, log=log)
+    let_go = False
     try:
         yield child
+    except GeneratorExit:
+        let_go = outlive
+        raise
     finally:
-        stop(child)
+        if not let_go:
+            stop(child)
 
 
 def _wait(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bool], log: Path) -> None:

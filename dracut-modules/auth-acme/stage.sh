@@ -166,7 +166,7 @@ anchor_acme__listening() {
 # it and its worker are told to end at the same time.
 anchor_acme__responder_end() {
     [ -n "$anchor_acme__responder" ] || return 0
-    kill -KILL -- "-$anchor_acme__responder" 2>/dev/null || kill -KILL "$anchor_acme__responder" 2>/dev/null
+    kill -KILL "-$anchor_acme__responder" 2>/dev/null || kill -KILL "$anchor_acme__responder" 2>/dev/null
     wait "$anchor_acme__responder" 2>/dev/null
     anchor_acme__responder=
 }
@@ -174,45 +174,44 @@ anchor_acme__responder_end() {
 # usage: anchor_acme__attempts
 # Tries until there is a certificate, the server says no, or the time is up.
 anchor_acme__attempts() {
-    local attempt=0 wait left
+    local attempt=0 wait failed="no certificate for $anchor_acme__name from $anchor_acme__host"
     anchor_acme__account=
     while :; do
         attempt=$((attempt + 1))
         anchor_note_number attempts "$attempt"
         anchor_acme__order && return 0
         if ! anchor_acme__judge "$attempt"; then
-            anchor_fail "no certificate for $anchor_acme__name from $anchor_acme__host: $anchor_acme__what" "$anchor_acme__hint"
+            anchor_fail "$failed: $anchor_acme__what" "$anchor_acme__hint"
             return 1
         fi
-        anchor_acme__backoff "$attempt"
-        anchor_uptime_ms
-        left=$((anchor_acme__deadline - anchor_uptime_ms))
-        wait=$anchor_acme__wait
-        if [ "$wait" -ge "$((left - 500))" ]; then
-            anchor_fail "no certificate for $anchor_acme__name from $anchor_acme__host after $attempt attempts in\
- $(((anchor_uptime_ms - anchor_acme__start) / 1000)) s of $anchor_acme_timeout s: $anchor_acme__what" "$anchor_acme__hint"
+        if ! anchor_acme__backoff "$attempt"; then
+            anchor_fail "$failed (attempts: $attempt, seconds: $(((anchor_uptime_ms - anchor_acme__start) / 1000))\
+ of $anchor_acme_timeout): $anchor_acme__what" "$anchor_acme__hint"
             return 1
         fi
-        anchor_warn "$anchor_acme__host: $anchor_acme__what; trying again in $((wait / 1000)).$((wait % 1000 / 100)) s"
-        sleep "$((wait / 1000)).$((wait % 1000 / 100))"
+        wait=$((anchor_acme__wait / 1000)).$((anchor_acme__wait % 1000 / 100))
+        anchor_warn "$anchor_acme__host: $anchor_acme__what; trying again in $wait s"
+        sleep "$wait"
     done
 }
 
 # usage: anchor_acme__backoff ATTEMPT
 # Sets anchor_acme__wait in ms: full jitter, 0 to min(60, 2^ATTEMPT) s, on top of what the server asked for (at most
-# 120 s). The kernel's random uuid needs no program to read it.
+# 120 s). Status 1 if that leaves less than a second for the next attempt. The kernel's random uuid needs no program.
 anchor_acme__backoff() {
-    local most=60 random
-    [ "$1" -ge 6 ] || most=$((1 << $1))
-    random=$(cat /proc/sys/kernel/random/uuid)
+    local most=60000 asked=0 left random
+    [ "$1" -ge 6 ] || most=$((1000 << $1))
     case $anchor_acme__retry_after in
-        '' | *[!0-9]* | ?????*) anchor_acme__wait=0 ;;
-        *)
-            anchor_acme__wait=$((${anchor_acme__retry_after#"${anchor_acme__retry_after%%[!0]*}"} + 0))
-            [ "$anchor_acme__wait" -le 120 ] || anchor_acme__wait=120
-            ;;
+        '' | 0* | ?????*) ;;
+        *) asked=$anchor_acme__retry_after ;;
     esac
-    anchor_acme__wait=$((anchor_acme__wait * 1000 + 0x${random%%-*} % (most * 1000)))
+    [ "$asked" -le 120 ] || asked=120
+    anchor_uptime_ms
+    left=$((anchor_acme__deadline - anchor_uptime_ms - asked * 1000 - 1000))
+    [ "$left" -gt 0 ] || return 1
+    [ "$most" -le "$left" ] || most=$left
+    random=$(cat /proc/sys/kernel/random/uuid)
+    anchor_acme__wait=$((asked * 1000 + 0x${random%%-*} % most))
 }
 
 # usage: anchor_acme__order
@@ -239,12 +238,12 @@ anchor_acme__new_account() {
         set -- "$@" -e "$anchor_acme_eab_kid:$anchor_acme_eab_key"
         case $(cat /proc/mounts) in
             *hidepid=*) ;;
-            *) mount -o remount,nosuid,nodev,noexec,hidepid=2 /proc && hidden=1 ;;
+            *) mount -o remount,nosuid,nodev,noexec,hidepid=2 /proc 2>/dev/null && hidden=1 ;;
         esac
     fi
     anchor_acme__uacme "$@" -- new ${anchor_acme_email:+"$anchor_acme_email"}
     status=$?
-    [ -z "$hidden" ] || mount -o remount,nosuid,nodev,noexec,hidepid=0 /proc
+    [ -z "$hidden" ] || mount -o remount,nosuid,nodev,noexec,hidepid=0 /proc 2>/dev/null
     case $anchor_acme__last in
         # An earlier attempt was cut off after the server had made it.
         "Account already exists"*) return 0 ;;

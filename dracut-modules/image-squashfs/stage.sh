@@ -57,13 +57,12 @@ anchor_squashfs__mounted() {
 # Mounts the image's tmpfs. It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
 # With several NUMA nodes its pages go to all of them in turn: one node's memory neither fills up nor serves all reads.
 anchor_squashfs__space() {
-    local policy='' error
+    local options=mode=0700,noexec,nosuid,nodev,nr_inodes=64,size=100% error
     anchor_recall "${ANCHOR_ROOT:-}/sys/devices/system/node/has_memory"
     case $anchor_recall in
-        *[,-]*) policy=,mpol=interleave ;;
+        *[,-]*) options=$options,mpol=interleave ;;
     esac
-    mkdir -p "$1" || return 1
-    error=$(mount -t tmpfs -o "mode=0700,noexec,nosuid,nodev,nr_inodes=64,size=100%$policy" anchor-image "$1" 2>&1) && return 0
+    error=$({ mkdir -p "$1" && mount -t tmpfs -o "$options" anchor-image "$1"; } 2>&1) && return 0
     anchor_fail "cannot make a tmpfs for the image: $error"
     return 1
 }
@@ -81,10 +80,9 @@ anchor_squashfs__check() {
             "check rd.anchor.squashfs.url="
         return 1
     fi
-    shift 20
-    compression=$1
-    shift 20
-    used=$(($1 + ($2 << 8) + ($3 << 16) + ($4 << 24) + ($5 << 32) + ($6 << 40)))
+    compression=${21:-}
+    used=96 # a superblock alone, for a file that is too short to say
+    [ $# -lt 48 ] || used=$((${41} + (${42} << 8) + (${43} << 16) + (${44} << 24) + (${45} << 32) + (${46} << 40)))
     if [ "$size" -lt "$used" ]; then
         anchor_fail "the image is truncated: it has $size of $used bytes" \
             "the file on the server is incomplete; publish it again"
@@ -108,7 +106,9 @@ anchor_squashfs__looks_like() {
         ' ') printf 'empty' ;;
         '60 '*) printf 'an HTML or XML page, perhaps an error message of the server' ;;
         '123 '*) printf 'JSON, perhaps an error message of the server' ;;
-        '31 139 '* | '40 181 47 253 '* | '253 55 122 88 90 '*) printf 'a compressed file, which has to be unpacked on the server' ;;
+        '31 139 '* | '40 181 47 253 '* | '253 55 122 88 90 '*)
+            printf 'a compressed file, which has to be unpacked on the server'
+            ;;
         '127 69 76 70 '*) printf 'a program' ;;
         *) printf 'something else' ;;
     esac

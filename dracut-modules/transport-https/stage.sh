@@ -23,6 +23,7 @@ anchor_https_run() {
     if [ "$offset" -gt 0 ]; then
         anchor_https__recall
         [ "$size" != "$offset" ] || return 0
+        anchor_fetch_error="what is here cannot be resumed"
         [ -n "$validator" ] || return 3
     fi
     if [ "$offset" -ge "$max" ]; then
@@ -112,7 +113,7 @@ anchor_https__curl() {
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
         trap '' XFSZ
-        ulimit -f $((max / 512))
+        ulimit -f $((max / 512)) 2>/dev/null
         exec curl --disable "$@" 2>"$state/error"
     )
 }
@@ -197,31 +198,29 @@ anchor_https__retry() {
 # usage: anchor_https__judge
 # Decides what the attempt came to, from code, status and the answer. Statuses of anchor_https_run.
 anchor_https__judge() {
-    case $code:$offset in
-        200:0) anchor_https__remember ;;
-        20[06]:*)
-            if ! anchor_https__same_version; then
-                anchor_https__again "the file changed on the server, or the server cannot resume"
-                return
-            fi
-            ;;
+    case $code:$status in
+        200:* | 206:*) anchor_https__received ;;
         416:*)
-            # Without a size in the first answer only this one tells that nothing was missing.
-            [ "$anchor_https_total" != "$offset" ] || return 0
-            anchor_https__again "the file on the server is shorter than what is here"
-            return
+            # Where the first answer named no size, only this one tells that nothing was missing.
+            [ "$anchor_https_total" = "$offset" ] ||
+                anchor_https__again "the file on the server is shorter than what is here"
             ;;
-        [45]??:*)
-            anchor_https__refused
-            return
-            ;;
-        *)
-            if [ "$status" -eq 0 ]; then
-                anchor_https__unexpected
-                return
-            fi
-            ;;
+        [45]??:*) anchor_https__refused ;;
+        000:0) anchor_https__again "$anchor_fetch_url answered with something that is not HTTP" "is the port right?" ;;
+        *:0) anchor_fail "$anchor_fetch_url answered with status $code instead of the file" "check the URL" ;;
+        *) anchor_https__broken ;;
     esac
+}
+
+# usage: anchor_https__received
+# At least some of the file came.
+anchor_https__received() {
+    if [ "$code:$offset" = 200:0 ]; then
+        anchor_https__remember
+    elif ! anchor_https__same_version; then
+        anchor_https__again "the file changed on the server, or the server cannot resume"
+        return
+    fi
     if [ "$status" -eq 0 ] && [ -z "$size" ]; then
         [ -n "$anchor_https_framed" ] ||
             anchor_warn "the server did not say how long $anchor_fetch_url is: only a digest can tell that it is whole"
@@ -254,16 +253,6 @@ anchor_https__again() {
     return 2
 }
 
-# usage: anchor_https__unexpected
-# An answer that is neither the file nor an error.
-anchor_https__unexpected() {
-    if [ "$code" = 000 ]; then
-        anchor_https__again "$anchor_fetch_url answered with something that is not HTTP" "is this the image store's port?"
-        return
-    fi
-    anchor_fail "$anchor_fetch_url answered with status $code instead of the file" "check the URL, and what serves it"
-}
-
 # usage: anchor_https__too_large BYTES
 # BYTES may be empty: the server did not say.
 anchor_https__too_large() {
@@ -285,16 +274,13 @@ anchor_https__refused() {
         408 | 425 | 429) anchor_https__again "$what" "the image store is busy: see how many nodes boot at once" ;;
         501 | 505) anchor_fail "$what" "the image store cannot serve this request: check what the URL leads to" ;;
         5??) anchor_https__again "$what" "see the image store's own log" ;;
-        401 | 403)
+        400 | 401 | 403)
+            # 400 is what nginx says of a client certificate that is missing or not trusted.
             anchor_https__identity
-            anchor_fail "$what: this node may not have it" "$anchor_https_identity; check what the image store allows it"
-            ;;
-        400)
-            anchor_https__identity
-            anchor_fail "$what" "image stores answer so when they do not accept the client certificate: $anchor_https_identity"
+            anchor_fail "$what: this node may not have it" "$anchor_https_identity; see which ones the image store allows"
             ;;
         404 | 410) anchor_fail "$what: it is not there" "check the path in the URL, and that the image was published" ;;
-        407) anchor_fail "$what: the proxy wants a password" "bake rd.anchor.https.proxy=http://USER:PASSWORD@HOST:PORT in" ;;
+        407) anchor_fail "$what: the proxy wants a password" "build it in: rd.anchor.https.proxy=http://USER:PASSWORD@HOST:PORT" ;;
         *) anchor_fail "$what" "check the URL, and what serves it" ;;
     esac
 }

@@ -56,6 +56,7 @@ class Node:
         return "\n".join([PROLOGUE, setup, run, 'anchor_fetch "$@"'])
 
     def environment(self, parameters: Mapping[str, int]) -> dict[str, str]:
+        """Return the parameters as the variables that the node's parser sets."""
         return {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
 
     def fetch(
@@ -91,6 +92,12 @@ class Node:
 @pytest.fixture
 def node(shell: Shell) -> Node:
     return prepared(shell)
+
+
+@pytest.fixture
+def dash(tmp_path: Path) -> Node:
+    """One shell only, for what takes its time and is the same in all."""
+    return prepared(Shell("dash", tmp_path))
 
 
 def prepared(shell: Shell) -> Node:
@@ -202,21 +209,21 @@ def test_the_attempts_are_counted_and_the_last_error_told(node: Node) -> None:
     assert not node.image.exists()
 
 
-def test_the_deadline_ends_the_attempts(node: Node) -> None:
+def test_the_deadline_ends_the_attempts(dash: Node) -> None:
     begun = time.monotonic()
-    done = node.fetch("sleep 0.3; anchor_fetch_error=slow; return 2", attempts=1000, timeout=1)
+    done = dash.fetch("sleep 0.3; anchor_fetch_error=slow; return 2", attempts=1000, timeout=1)
     assert done.returncode == 1
     assert time.monotonic() - begun < 2.5
-    assert 2 <= len(node.calls()) <= 4
+    assert 2 <= len(dash.calls()) <= 4
     assert "of 1000 and 1 s of 1 s: slow" in done.stderr
 
 
 @pytest.mark.parametrize(("asked", "least", "most"), [("1", 1, 1.8), ("99999", 1.5, 2.8)])
-def test_the_servers_wish_is_a_wait_within_limits(node: Node, asked: str, least: float, most: float) -> None:
+def test_the_servers_wish_is_a_wait_within_limits(dash: Node, asked: str, least: float, most: float) -> None:
     # With 4 s in all, no wait is longer than half of what is left.
     transport = f'[ "$calls" = 2 ] || {{ anchor_fetch_error=busy anchor_fetch_retry_after={asked}; return 2; }}'
     begun = time.monotonic()
-    done = node.fetch(transport, timeout=4)
+    done = dash.fetch(transport, timeout=4)
     assert done.returncode == 0, done.stderr
     assert least <= time.monotonic() - begun < most
 
@@ -282,6 +289,13 @@ def test_names_stay_names(node: Node) -> None:
     assert not Path("pwned").exists()
 
 
+def test_without_sha256sum_nothing_is_accepted(node: Node) -> None:
+    done = node.fetch('printf hello >>"$2"', setup="sha256sum() { return 127; }")
+    assert done.returncode == 1
+    assert "could not take the digest" in done.stderr
+    assert not node.image.exists()
+
+
 def test_a_second_download_replaces_the_first_and_what_a_crash_left(node: Node) -> None:
     node.image.write_bytes(b"older and longer")
     crashed = node.image.with_name(node.image.name + ".fetch")
@@ -300,13 +314,12 @@ def test_a_directory_is_not_replaced(node: Node) -> None:
     assert node.image.is_dir()
 
 
-def test_progress_is_told_about_every_two_seconds(tmp_path: Path) -> None:
-    node = prepared(Shell("dash", tmp_path))
+def test_progress_is_told_about_every_two_seconds(dash: Node) -> None:
     transport = """
         for i in 1 2 3 4 5; do head -c 1048576 /dev/zero >>"$2"; sleep 0.5; done
     }
     anchor_fake__total() { anchor_fetch_total=10485760"""
-    done = node.fetch(transport)
+    done = dash.fetch(transport)
     lines = [line for line in done.stderr.splitlines() if "fetching" in line]
     assert len(lines) == 1
     assert "fetching node.squashfs: " in lines[0]

@@ -78,13 +78,17 @@ SOURCES = {
     "networkd lease": {"run/systemd/netif/leases/2": LEASE},
     "NetworkManager lease": {"var/lib/NetworkManager/internal-0f-eth0.lease": LEASE},
     "dhclient options": {"tmp/dhclient.eth0.dhcpopts": DHCPOPTS},
-    "dhclient options from bash": {"tmp/dhclient.eth0.dhcpopts": DHCPOPTS.replace("'cluster.example'", "cluster.example")},
+    "dhclient options from bash": {"tmp/dhclient.eth0.dhcpopts": DHCPOPTS.replace("'node07'", "node07")},
     "dhclient lease": {"tmp/dhclient.eth0.lease": DHCLIENT},
     "dracut resolv.conf": {"tmp/net.eth0.resolv.conf": RESOLV},
     "NetworkManager resolv.conf": {"run/NetworkManager/resolv.conf": RESOLV},
-}  # fmt: skip
+}
 WITHOUT_NTP = {"dracut resolv.conf", "NetworkManager resolv.conf"}
 WITHOUT_NAME = {*WITHOUT_NTP, "networkd link"}
+
+
+# For what takes its time: one shell is enough.
+dash_only = pytest.mark.parametrize("shell", ["dash"], indirect=True)
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -111,17 +115,20 @@ def test_waits_for_the_first_address(shell: Shell) -> None:
     started = time.monotonic()
     done = run(shell, CABLE + script)
     assert done.returncode == 0, done.stderr
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 5
     assert (note(shell, "note-interface"), note(shell, "note-address")) == ("eth0", "10.1.2.3")
 
 
 def test_address_of_an_interface_that_is_down_does_not_count(shell: Shell) -> None:
-    script = "ip addr add 10.1.2.3/24 dev eth0; { sleep 0.3; ip link set eth0 up; } & anchor_net_run; ip -o link show up"
+    script = (
+        "ip addr add 10.1.2.3/24 dev eth0; { sleep 0.3; ip link set eth0 up; } & anchor_net_run; ip -o link show up"
+    )
     done = run(shell, CABLE + script)
     assert "eth0" in done.stdout
     assert note(shell, "note-address") == "10.1.2.3"
 
 
+@dash_only
 def test_waits_until_an_ipv6_address_is_known_to_be_unique(shell: Shell) -> None:
     script = """
     ip link set eth0 up && ip -6 addr add fd00::7/64 dev eth0 || exit 9
@@ -138,43 +145,49 @@ def test_waits_until_an_ipv6_address_is_known_to_be_unique(shell: Shell) -> None
     assert note(shell, "note-address") == "fd00::7"
 
 
+@dash_only
 @pytest.mark.parametrize(
     ("network", "hints"),
     [
         ("ip link set lo up", ["no interface but lo", "driver"]),
         (CABLE, ["eth0: not brought up, state DOWN", "far: no carrier, state", "ip="]),
-        (CABLE + "ip link set eth0 up; ip link set far down", ["eth0: no carrier, state", "far: not brought up", "cable"]),
+        (CABLE + "ip link set eth0 up; ip link set far down", ["eth0: no carrier", "far: not brought up"]),
         (CABLE + "ip link set eth0 up", ["eth0: has a carrier, state UP", "DHCP"]),
     ],
-)  # fmt: skip
+)
 def test_no_address_fails_in_time_and_says_how_each_interface_is(shell: Shell, network: str, hints: list[str]) -> None:
     started = time.monotonic()
     done = run(shell, f"{network}\nanchor_net_run", timeout="1")
     assert done.returncode == 1
-    assert 1 <= time.monotonic() - started < 3
+    assert 1 <= time.monotonic() - started < 10
     assert note(shell, "error") == "no network interface has an address after 1 s"
     for hint in hints:
         assert hint in note(shell, "hint")
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES))
-@pytest.mark.parametrize("before", [None, "", "#empty\n", "link"])
-def test_resolv_conf_is_written_from_what_the_manager_knows(shell: Shell, source: str, before: str | None) -> None:
+def test_resolv_conf_is_written_from_what_the_manager_knows(shell: Shell, source: str) -> None:
     write(shell.root, SOURCES[source])
-    file = shell.root / "etc/resolv.conf"
-    file.parent.mkdir()
-    if before == "link":
-        file.symlink_to("../run/systemd/resolve/stub-resolv.conf")
-    elif before is not None:
-        file.write_text(before)
     done = run(shell, ADDRESS + "anchor_net_run")
     assert done.returncode == 0, done.stderr
-    lines = file.read_text().splitlines()
+    lines = (shell.root / "etc/resolv.conf").read_text().splitlines()
     assert lines[:2] == ["nameserver 10.77.0.1", "nameserver 10.77.0.2"]
-    assert "10.9.9.9" not in lines, "an old lease counts for nothing"
+    assert "nameserver 10.9.9.9" not in lines, "an old lease counts for nothing"
     assert len(lines) == len(set(lines))
     assert lines[-1].split()[0] == "search" and "cluster.example" in lines[-1].split()
-    assert sorted(file.name for file in file.parent.iterdir()) == ["resolv.conf"]
+
+
+@pytest.mark.parametrize("before", ["", "#empty\n", "search x.example\n", "dangling link"])
+def test_resolv_conf_without_name_servers_is_replaced(shell: Shell, before: str) -> None:
+    write(shell.root, {**SOURCES["networkd link"], "etc/resolv.conf": before})
+    file = shell.root / "etc/resolv.conf"
+    if before == "dangling link":
+        file.unlink()
+        file.symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    done = run(shell, ADDRESS + "anchor_net_run")
+    assert done.returncode == 0, done.stderr
+    assert file.read_text().startswith("nameserver 10.77.0.1\n")
+    assert [entry.name for entry in file.parent.iterdir()] == ["resolv.conf"]
 
 
 def test_resolv_conf_with_a_name_server_stays(shell: Shell) -> None:
@@ -199,7 +212,7 @@ def test_resolv_conf_that_cannot_be_written_fails(shell: Shell) -> None:
 
 
 def test_what_a_dhcp_server_says_stays_text(shell: Shell) -> None:
-    bad = "$(touch pwned) `touch pwned` 10.0.0.1;touch 10.0.0.1\"x ../../etc 10.0.0.256:53 * -x"
+    bad = '$(touch pwned) `touch pwned` 10.0.0.1;touch 10.0.0.1"x ../../etc 10.0.0.256:53 * -x name'
     write(
         shell.root,
         {
@@ -209,11 +222,9 @@ def test_what_a_dhcp_server_says_stays_text(shell: Shell) -> None:
         },
     )
     done = run(shell, ADDRESS + "anchor_net_run; anchor_net_hostname; anchor_net_ntp")
-    text = (shell.root / "etc/resolv.conf").read_text().splitlines()
-    assert text[0] == "nameserver 10.5.5.5"
-    assert {word for line in text for word in line.split()} <= {
-        *("nameserver", "search", "10.5.5.5", "10.6.6.6", "touch", "pwned", "ok.example")
-    }
+    lines = (shell.root / "etc/resolv.conf").read_text().splitlines()
+    assert lines == ["nameserver 10.5.5.5", "search name ok.example"]
+    assert done.stdout.splitlines() == ["name.name", "name"]
     assert not list(shell.root.rglob("pwned"))
     assert "$" not in done.stdout and "`" not in done.stdout
 
@@ -221,10 +232,10 @@ def test_what_a_dhcp_server_says_stays_text(shell: Shell) -> None:
 def test_networkd_gets_time_to_write_down_the_name_servers(shell: Shell) -> None:
     write(shell.root, {"run/systemd/netif/links/PLACE": "ADMIN_STATE=configuring\nDNS=\n"})
     script = """
-    links=run/systemd/netif/links
-    mv $links/PLACE $links/$(cat /sys/class/net/eth0/ifindex 2>/dev/null || echo 2)
-    set -- $(ip -o link show dev eth0) && mv $links/* $links/${1%:} 2>/dev/null
-    { sleep 0.5; printf 'ADMIN_STATE=configured\\nDNS=10.77.0.1\\n' >$links/${1%:}; } &
+    set -- $(ip -o link show dev eth0)
+    link=run/systemd/netif/links/${1%:}
+    mv run/systemd/netif/links/PLACE "$link" || exit 9
+    { sleep 0.5; printf 'ADMIN_STATE=configured\\nDNS=10.77.0.1\\n' >"$link"; } &
     anchor_net_run
     """
     done = run(shell, ADDRESS + script)
@@ -235,7 +246,7 @@ def test_networkd_gets_time_to_write_down_the_name_servers(shell: Shell) -> None
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_ntp_servers(shell: Shell, source: str) -> None:
     write(shell.root, SOURCES[source])
-    done = run(shell, "anchor_net_ntp")
+    done = run(shell, "anchor_net_ntp", unshare=())
     if source in WITHOUT_NTP:
         assert (done.returncode, done.stdout) == (1, "")
     else:
@@ -246,7 +257,7 @@ def test_ntp_servers(shell: Shell, source: str) -> None:
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_name_from_dhcp_has_the_domain(shell: Shell, source: str) -> None:
     write(shell.root, SOURCES[source])
-    done = run(shell, "anchor_net_hostname")
+    done = run(shell, "anchor_net_hostname", unshare=())
     if source in WITHOUT_NAME:
         assert (done.returncode, done.stdout) == (1, "")
     else:
@@ -273,7 +284,7 @@ def test_name_from_dhcp_has_the_domain(shell: Shell, source: str) -> None:
 )
 def test_name_on_the_command_line_comes_before_dhcp(shell: Shell, cmdline: str, name: str) -> None:
     write(shell.root, {**SOURCES["networkd lease"], "proc/cmdline": f"root=anchor {cmdline} quiet\n"})
-    done = run(shell, "anchor_net_hostname")
+    done = run(shell, "anchor_net_hostname", unshare=())
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
 
 
@@ -287,7 +298,7 @@ def test_name_on_the_command_line_comes_before_dhcp(shell: Shell, cmdline: str, 
 )
 def test_name_of_the_kernel_comes_last(shell: Shell, kernel: str, name: str | None) -> None:
     write(shell.root, {"proc/sys/kernel/hostname": kernel})
-    done = run(shell, "anchor_net_hostname")
+    done = run(shell, "anchor_net_hostname", unshare=())
     assert (done.returncode, done.stdout) == ((0, f"{name}\n") if name else (1, ""))
 
 
@@ -300,9 +311,10 @@ while [ "$(readlink /proc/$!/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sl
 ip link set lo up
 ip link add eth0 address 02:00:00:00:00:07 type veth peer name far netns $! || exit 9
 nsenter -t $! -n sh -c 'ip addr add 10.77.0.1/24 dev far && ip link set far up' || exit 9
-nsenter -t $! -n dnsmasq --keep-in-foreground --conf-file=/dev/null --port=0 --interface=far --leasefile-ro --dhcp-authoritative \\
-    --dhcp-range=10.77.0.50,10.77.0.60 --dhcp-option=option:dns-server,10.77.0.1 --dhcp-option=option:ntp-server,10.77.0.9 \\
-    --dhcp-option=option:domain-name,cluster.example --dhcp-host=02:00:00:00:00:07,10.77.0.55,node07 >dnsmasq.log 2>&1 &
+nsenter -t $! -n dnsmasq --keep-in-foreground --conf-file=/dev/null --port=0 --interface=far --leasefile-ro \\
+    --dhcp-authoritative --dhcp-range=10.77.0.50,10.77.0.60 --dhcp-host=02:00:00:00:00:07,10.77.0.55,node07 \\
+    --dhcp-option=option:dns-server,10.77.0.1 --dhcp-option=option:ntp-server,10.77.0.9 \\
+    --dhcp-option=option:domain-name,cluster.example >dnsmasq.log 2>&1 &
 printf '[Match]\\nName=eth0\\n[Network]\\nDHCP=ipv4\\n' >/run/systemd/network/eth0.network
 /lib/systemd/systemd-networkd >networkd.log 2>&1 &
 anchor_net_run || exit 1
@@ -320,4 +332,4 @@ def test_real_networkd_with_a_real_dhcp_server(shell: Shell) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "node07.cluster.example\n10.77.0.9\n"
     assert note(shell, "note-address") == "10.77.0.55"
-    assert (shell.root / "etc/resolv.conf").read_text() == "nameserver 10.77.0.1\nsearch cluster.example \n"
+    assert (shell.root / "etc/resolv.conf").read_text() == "nameserver 10.77.0.1\nsearch cluster.example\n"

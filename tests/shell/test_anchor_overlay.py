@@ -29,7 +29,7 @@ mount -t squashfs -o loop,ro "$IMAGE" "$LOWER" || exit 9
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root image of a few files."""
+    """Make a root image of a few files."""
     top = tmp_path_factory.mktemp("image")
     root = top / "root"
     for name in ["/etc", "/mnt", "/tmp", "/var/lib/app", "/var/log", *HOSTILE]:  # noqa: S108 (inside the image)
@@ -106,7 +106,9 @@ def test_directories_inside_writable_ones_are_no_mounts_of_their_own(
     script = """
     anchor_overlay_run "$LOWER" "$NEWROOT" || exit 1
     touch "$NEWROOT/var/lib/app/x" "$NEWROOT/var/log/y" || exit 2
-    while read -r device dir type rest; do [ "$type" != overlay ] || printf 'root%s\\n' "${dir#"$NEWROOT"}"; done </proc/self/mounts
+    while read -r device dir type rest; do
+        [ "$type" != overlay ] || printf 'root%s\\n' "${dir#"$NEWROOT"}"
+    done </proc/self/mounts
     """
     done = run(shell, image, script, write=write)
     assert done.returncode == 0, done.stderr
@@ -120,7 +122,7 @@ def test_names_of_directories_stay_text(shell: Shell, image: Path, write: str) -
     [ ! -e pwned ] && [ ! -e "$NEWROOT/srv/pwned" ] || exit 2
     """
     script += "".join(f"touch '{shell.root}/sysroot{name}/written' || exit 3\n" for name in write.split(","))
-    script += "! touch \"$NEWROOT/srv/elsewhere\" 2>/dev/null || exit 4; ls \"$LOWER\"/srv/*"
+    script += '! touch "$NEWROOT/srv/elsewhere" 2>/dev/null || exit 4; ls "$LOWER"/srv/*'
     done = run(shell, image, script, write=write)
     assert done.returncode == 0, done.stderr
     assert "written" not in done.stdout
@@ -218,9 +220,12 @@ def test_layer_that_cannot_be_made_fails(shell: Shell, image: Path) -> None:
 def test_written_files_run_but_the_layer_itself_gives_no_privilege(shell: Shell, image: Path) -> None:
     script = """
     anchor_overlay_run "$LOWER" "$NEWROOT" || exit 1
-    printf '#!/bin/sh\\necho runs\\n' >"$NEWROOT/tmp/program" && chmod 0755 "$NEWROOT/tmp/program" && "$NEWROOT/tmp/program"
+    program="$NEWROOT/tmp/program"
+    printf '#!/bin/sh\\necho runs\\n' >"$program" && chmod 0755 "$program" && "$program" || exit 2
     stat -c %a "$BASE"
-    while read -r device dir type options rest; do [ "$dir" != "$BASE" ] || printf '%s\\n' "$options"; done </proc/self/mounts
+    while read -r device dir type options rest; do
+        [ "$dir" != "$BASE" ] || printf '%s\\n' "$options"
+    done </proc/self/mounts
     """
     done = run(shell, image, script)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,227 @@
+"""`./build.sh bench`: this project's initramfs against dracut's own livenet, same machine, same run, same image.
+
+Prints medians, ratios and their spread; writes them to out/bench.json. Nothing here passes or fails: figures do not
+belong in a timed test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build import dracut, qemu
+from anchor_build.console import Console, format_table
+from anchor_build.errors import AnchorError
+from anchor_build.run import run, start, stop
+from contrib.site import image, pki, servers
+
+STAMP = re.compile(r"^\[ *([0-9]+\.[0-9]+)\] (.*)", re.MULTILINE)
+SWITCH = re.compile(r"systemd\[1\]: Switching root\.")
+READY = re.compile(r"systemd\[1\]: Startup finished in")
+FAILED = re.compile(r"emergency mode|Kernel panic|dracut: Refusing to continue|Timed out waiting|could not boot")
+BOOT_LIMIT_S = 180.0
+MEMORY_SIZES = [768, 512, 448, 384, 352, 320, 288, 256]
+# The kernel's log on the console gives both systems the same clock: the time since the kernel started.
+TIMED = "console=ttyS0 systemd.log_target=kmsg systemd.log_level=info printk.devkmsg=on systemd.show_status=0"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An initramfs and how to boot it."""
+
+    name: str
+    initrd: Path
+    append: str
+    forwards: tuple[qemu.Forward, ...] = ()
+
+
+@dataclass(frozen=True)
+class Boot:
+    """Seconds from the kernel's start to switch_root and to the end of the booted system's start."""
+
+    switch_root: float
+    ready: float
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Return how many seconds `action` took."""
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+def boot(contender: Contender, kernel: Path, memory: str, work: Path) -> Boot:
+    """Boot once; raises AnchorError with the end of the console when it does not come up in time."""
+    console = work / "console.log"
+    console.write_bytes(b"")
+    machine = qemu.Machine(
+        kernel,
+        contender.initrd,
+        contender.append,
+        memory=memory,
+        accel="tcg",
+        hostname="node1.example",
+        forwards=contender.forwards,
+    )
+    child = start([qemu.find_qemu(), *qemu.arguments(machine, work, console)], log=work / "qemu.log")
+    try:
+        deadline = time.monotonic() + BOOT_LIMIT_S
+        while time.monotonic() < deadline and child.poll() is None:
+            text = console.read_text(encoding="utf-8", errors="replace")
+            if READY.search(text.rpartition("Switching root.")[2]) and SWITCH.search(text):
+                return Boot(_when(text, SWITCH), _when(text, READY))
+            if FAILED.search(text):
+                break
+            time.sleep(0.5)
+        raise AnchorError(f"{contender.name} with {memory} did not come up:\n{text[-1500:]}")
+    finally:
+        stop(child)
+
+
+def _when(text: str, what: re.Pattern[str]) -> float:
+    """Return the stamp of the last line that matches: the initramfs's systemd also says that its start finished."""
+    return [float(match[1]) for match in STAMP.finditer(text) if what.search(match[2])][-1]
+
+
+def build_livenet(site: image.SiteImage, output: Path, work: Path) -> None:
+    """Build dracut's own network live image as dracut.cmdline(7) and dracut.conf(5) describe it."""
+    found = dracut.find_dracut()
+    argv = [
+        str(found.program),
+        "--force",
+        "--no-hostonly",
+        "--no-hostonly-cmdline",
+        "--tmpdir",
+        str(work),
+        "--add",
+        "livenet dmsquash-live network-legacy",
+        "--add-drivers",
+        "virtio_pci virtio_net",
+        "--kmoddir",
+        str(site.modules),
+        "--kver",
+        site.release,
+        str(output),
+    ]
+    run(argv, log=work / "livenet.log")
+
+
+def build_ours(site: image.SiteImage, ca: Path, output: Path, auth: str) -> None:
+    """Build with the command that a user runs."""
+    argv = [sys.executable, "-m", "anchor_build", "-q", "initramfs", "--auth", auth, "--image", "squashfs"]
+    run([*argv, "--ca", ca, "--kernel", site.kernel, "--modules", site.modules, "-o", output])
+
+
+def least_memory(contender: Contender, kernel: Path, work: Path, sizes: list[int]) -> int | None:
+    """Return the smallest of `sizes` (MB, descending) with which the node still comes up."""
+    least = None
+    for size in sizes:
+        try:
+            boot(contender, kernel, f"{size}M", work)
+        except AnchorError:
+            break
+        least = size
+    return least
+
+
+def spread(values: list[float]) -> str:
+    """Return the median with the smallest and largest value."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def contenders(site: image.SiteImage, work: Path, stack: ExitStack) -> dict[str, Contender]:
+    """Start the servers for all, and say how each contender boots from them; the initramfs come later."""
+    ports = servers.free_port(), servers.free_port()
+    for name in ("pki", "pebble", "mtls", "plain", "www"):
+        (work / name).mkdir()
+    (work / "www" / "image.squashfs").symlink_to(site.squashfs)
+    authority = pki.make_authority(work / "pki")
+    leaf = pki.issue(authority, work / "pki", "server")
+    acme = stack.enter_context(servers.pebble(work / "pebble", authority, http_port=ports[0], tls_port=ports[1]))
+    mtls = stack.enter_context(
+        servers.nginx(work / "mtls", root=work / "www", leaf=leaf, client_ca=acme.root, plain=False)
+    )
+    plain = stack.enter_context(servers.nginx(work / "plain", root=work / "www", leaf=leaf))
+    digest = f"rd.anchor.squashfs.sha256={site.sha256}"
+    live = f"root=live:http://10.0.2.2:{plain.http_port}/image.squashfs ip=dhcp rd.neednet=1 rd.live.image"
+    ours = f"root=anchor rd.anchor.squashfs.url=https://10.0.2.2:{plain.https_port}/image.squashfs {digest}"
+    with_acme = (
+        f"root=anchor rd.anchor.acme.server=https://10.0.2.2:{acme.port}/dir {digest} "
+        f"rd.anchor.squashfs.url=https://10.0.2.2:{mtls.https_port}/image.squashfs"
+    )
+    forward = (qemu.Forward(80, ports[0]),)
+    return {
+        "livenet": Contender("livenet", work / "livenet.img", f"{live} rd.live.overlay.overlayfs=1 {TIMED}"),
+        "none": Contender("none", work / "none.img", f"{ours} {TIMED}"),
+        "acme": Contender("acme", work / "acme.img", f"{with_acme} {TIMED}", forward),
+    }
+
+
+def measure(
+    options: argparse.Namespace, work: Path, stack: ExitStack, console: Console
+) -> dict[str, dict[str, object]]:
+    """Build and boot every contender in turn, so that a drift of the machine's speed meets all alike."""
+    cache = image.CACHE
+    with console.step("prepare the image and the servers"):
+        key = image.login_key(cache)
+        site = image.build_image(cache, authorized_key=key.with_suffix(".pub").read_text(encoding="utf-8"))
+        field = contenders(site, work, stack)
+    ca = work / "pki" / "ca.crt"
+    builders: dict[str, Callable[[], None]] = {
+        "livenet": lambda: build_livenet(site, field["livenet"].initrd, work),
+        "none": lambda: build_ours(site, ca, field["none"].initrd, "none"),
+        "acme": lambda: build_ours(site, ca, field["acme"].initrd, "acme"),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in field}
+    for n in range(options.runs):
+        for name, contender in field.items():
+            with console.step(f"run {n + 1} of {options.runs}: build and boot {name}"):
+                seconds[name].setdefault("build s", []).append(timed(builders[name]))
+                result = boot(contender, site.kernel, "2G", work)
+                seconds[name].setdefault("switch_root s", []).append(result.switch_root)
+                seconds[name].setdefault("ready s", []).append(result.ready)
+    results: dict[str, dict[str, object]] = {}
+    for name, contender in field.items():
+        results[name] = {"initramfs MB": round(contender.initrd.stat().st_size / 1e6, 1)}
+        results[name] |= {what: spread(values) for what, values in seconds[name].items()}
+        for what, values in seconds[name].items():
+            base = seconds["livenet"][what]
+            ratios = [a / b for a, b in zip(values, base, strict=True)]
+            results[name][what.replace(" s", " / livenet")] = spread(ratios)
+        if options.memory:
+            with console.step(f"least memory: {name}"):
+                results[name]["least memory MB"] = least_memory(contender, site.kernel, work, MEMORY_SIZES)
+    results["image"] = {"initramfs MB": round(site.squashfs.stat().st_size / 1e6, 1)}
+    return results
+
+
+def main() -> None:
+    """Run everything, print the table and write the figures."""
+    parser = argparse.ArgumentParser(prog="build.sh bench", description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="builds and boots of each contender")
+    parser.add_argument("--memory", action="store_true", help="also look for the least memory that boots")
+    parser.add_argument("--output", type=Path, default=Path("out/bench.json"), help="where the figures go as JSON")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anchor-bench-")))
+        results = measure(options, work, stack, Console())
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    names = [name for name in results if name != "image"]
+    figures = list(dict.fromkeys(figure for name in names for figure in results[name]))
+    rows = [[figure, *(results[name].get(figure, "") for name in names)] for figure in figures]
+    print(f"image: {results['image']['initramfs MB']} MB squashfs")  # noqa: T201 - the result
+    print(format_table(["median (least to most)", *names], rows))  # noqa: T201 - the result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What tests of several directories share: stages written on the spot, a site's own stages, and a node's files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from anchor_build.plan import Plan
+from anchor_build.render import installed_files, render_plan
+
+TOP = Path(__file__).resolve().parents[1]
+SITE_PACKAGE = TOP / "tests" / "fixtures" / "site_package"
+SITE_STAGES = SITE_PACKAGE / "site_stages"
+
+WriteStage = Callable[..., Path]
+LayOut = Callable[[Plan, Path], None]
+
+
+@pytest.fixture
+def write_stage(tmp_path: Path) -> WriteStage:
+    """Write a stage's directory: `header` goes into [stage], `body` below it."""
+
+    def write(
+        name: str = "demo", *, kind: str = "auth", header: str = "", body: str = "", script: str | None = None
+    ) -> Path:
+        directory = tmp_path / "stages" / f"{kind}-{name}"
+        directory.mkdir(parents=True)
+        if kind == "transport" and "schemes" not in header:
+            header += f'\nschemes = ["{name}"]'
+        facts = f'kind = "{kind}"\nname = "{name}"\napi = 1\nsummary = "A stage."\n'
+        (directory / "stage.toml").write_text(f"[stage]\n{facts}{header}\n{body}", encoding="utf-8")
+        if script is None:
+            word = name.replace("-", "_")
+            script = f"anchor_{word}_run() {{\n    :\n}}\nanchor_{word}_mount() {{\n    :\n}}\n"
+        (directory / "stage.sh").write_text(script, encoding="utf-8")
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def installed_package(tmp_path: Path) -> Path:
+    """Return a directory for sys.path into which the site's package is installed, as pip would leave it."""
+    target = tmp_path / "site-packages"
+    shutil.copytree(SITE_STAGES, target / "site_stages", ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = target / "site_stages-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: site-stages\nVersion: 1.0\n", encoding="utf-8")
+    (metadata / "entry_points.txt").write_text("[anchor_build.stages]\nsite = site_stages\n", encoding="utf-8")
+    return target
+
+
+@pytest.fixture(scope="session")
+def lay_out() -> LayOut:
+    """Lay the files of a plan out below a node's root, as the rendered dracut modules would."""
+
+    def install(plan: Plan, root: Path) -> None:
+        for stage, module in zip(plan.all, render_plan(plan), strict=True):
+            for source, target, mode in installed_files(stage):
+                path = root / target.lstrip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(module.files[source].content)
+                path.chmod(mode)
+
+    return install

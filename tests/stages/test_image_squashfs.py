@@ -1,0 +1,229 @@
+"""image squashfs: real images, tmpfs and loop mounts in a mount namespace of each test's own.
+
+The download is a stand-in with the contract of anchor_fetch: it puts a local file where it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.shell.conftest import SHELLS, TOP, Shell
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mksquashfs") is None, reason="needs root and mksquashfs"
+)
+
+STAGE = TOP / "dracut-modules/image-squashfs/stage.sh"
+URL = "https://store.example/images/node.squashfs"
+SHA256 = "0" * 64
+
+LOAD = """
+. "$LIB/anchor-report.sh" && . "$STAGE" || exit 9
+anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
+IMAGE_DIR="$ANCHOR_ROOT/run/anchor/image" LOWER="$ANCHOR_ROOT/run/anchor/lower"
+mkdir -p "$anchor_step_dir" "$LOWER" || exit 9
+anchor_fetch() {
+    printf '%s\\n' "$@" >>"$ANCHOR_ROOT/fetched"
+    [ -n "$SOURCE" ] || { anchor_fail "the store is away"; return 1; }
+    cat "$SOURCE" >"$2"
+}
+show() { # the mounts of this node, without the path of the test
+    while read -r device dir type options rest; do
+        case $dir in
+            "$ANCHOR_ROOT"/*) printf '%s %s %s %s\\n' "$device" "${dir#"$ANCHOR_ROOT"}" "$type" "$options" ;;
+        esac
+    done </proc/self/mounts
+}
+"""
+
+
+@pytest.fixture(params=sorted(SHELLS))
+def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Shell:
+    """Each shell in turn, with an empty node root."""
+    root = tmp_path / "node"
+    root.mkdir()
+    return Shell(request.param, root)
+
+
+def make_image(top: Path, compression: str = "zstd", size: int = 3_000_000) -> Path:
+    """Make a squashfs of one file that does not compress."""
+    (top / "root/etc").mkdir(parents=True)
+    (top / "root/etc/motd").write_text("from the image\n")
+    (top / "root/noise").write_bytes(os.urandom(size))
+    image = top / f"image.{compression}"
+    command = ["mksquashfs", str(top / "root"), str(image), "-quiet", "-no-progress", "-comp", compression]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return image
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an image of about 3 MB."""
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+def run(shell: Shell, source: Path | None, script: str, sha256: str = SHA256) -> subprocess.CompletedProcess[str]:
+    """Run `script`; anchor_fetch gets `source`, or fails without one."""
+    env = {
+        "STAGE": str(STAGE),
+        "SOURCE": str(source or ""),
+        "anchor_squashfs_url": URL,
+        "anchor_squashfs_sha256": sha256,
+    }
+    return shell.run(LOAD + script, env=env, unshare=("--mount",))
+
+
+def note(shell: Shell, name: str) -> str:
+    """Return what the step noted."""
+    return (shell.root / "run/anchor/steps/10" / name).read_text().rstrip("\n")
+
+
+def test_image_is_fetched_and_mounted_read_only(shell: Shell, image: Path) -> None:
+    script = """
+    anchor_squashfs_run && anchor_squashfs_mount "$LOWER" || exit 1
+    cat "$LOWER/etc/motd"
+    ! touch "$LOWER/new" 2>/dev/null || echo writable
+    show
+    """
+    done = run(shell, image, script)
+    assert done.returncode == 0, done.stderr
+    motd, tmpfs, lower = done.stdout.splitlines()
+    assert motd == "from the image"
+    assert tmpfs.startswith("anchor-image /run/anchor/image tmpfs ro,")
+    assert {"noexec", "nosuid", "nodev", "mode=700"} <= set(tmpfs.split()[3].split(","))
+    assert "mpol" not in tmpfs
+    device, directory, kind, options = lower.split()
+    assert device.startswith("/dev/loop") and directory == "/run/anchor/lower" and kind == "squashfs"
+    assert options.split(",")[0] == "ro" and not {"nosuid", "nodev"} & set(options.split(","))
+    assert (shell.root / "fetched").read_text().splitlines() == [
+        URL,
+        str(shell.root / "run/anchor/image/image"),
+        SHA256,
+    ]
+    assert note(shell, "note-compression") == "zstd"
+    assert "vouches" not in done.stderr
+
+
+def test_memory_holds_the_image_once_and_nothing_more(shell: Shell, image: Path) -> None:
+    script = """
+    anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && cat "$LOWER/noise" >/dev/null || exit 1
+    stat -f -c '%S %b %f' "$IMAGE_DIR"
+    ls -A "$IMAGE_DIR"
+    ls -l /proc/[0-9]*/fd >open_files 2>/dev/null
+    :
+    """
+    done = run(shell, image, f'cd "$ANCHOR_ROOT" || exit 9\n{script}')
+    assert done.returncode == 0, done.stderr
+    block, total, free, *files = done.stdout.split()
+    assert files == ["image"]
+    needed = -(-image.stat().st_size // int(block))
+    assert int(total) == needed, "the tmpfs has the size of the image"
+    assert int(free) == 0, "and the image fills it"
+    assert str(shell.root / "run/anchor/image") not in (shell.root / "open_files").read_text()
+    elsewhere = [file for file in shell.root.rglob("*") if file.is_file() and file.stat().st_size > 1_000_000]
+    assert elsewhere == []
+
+
+def test_running_again_neither_fetches_nor_mounts_again(shell: Shell, image: Path) -> None:
+    script = """
+    anchor_squashfs_run && anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && anchor_squashfs_mount "$LOWER" &&
+        anchor_squashfs_run && show
+    """
+    done = run(shell, image, script)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert (shell.root / "fetched").read_text().count(URL) == 1
+
+
+def test_run_after_an_interrupted_one_goes_on_with_its_tmpfs(shell: Shell, image: Path) -> None:
+    script = """
+    ( anchor_fetch() { echo half >"$2"; exit 1; }; anchor_squashfs_run )
+    cat "$IMAGE_DIR/image"
+    anchor_squashfs_run && show
+    """
+    done = run(shell, image, script)
+    half, *mounts = done.stdout.splitlines()
+    assert half == "half" and len(mounts) == 1 and " ro," in mounts[0], done.stderr
+
+
+def test_without_a_digest_the_log_says_what_vouches_for_the_image(shell: Shell, image: Path) -> None:
+    done = run(shell, image, "anchor_squashfs_run", sha256="")
+    assert done.returncode == 0, done.stderr
+    log = (shell.root / "run/anchor/boot.log").read_text()
+    assert "rd.anchor.squashfs.sha256= is not given: nothing but the server's certificate vouches" in log
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "it is empty"),
+        (b"h", "it is something else"),
+        (b"hsqs", "truncated"),
+        (b"<html><title>404 Not Found</title></html>\n" * 9, "it is an HTML or XML page"),
+        (b'{"errors":[{"code":"DENIED"}]}', "it is JSON"),
+        (b"\x1f\x8b\x08\x00" * 99, "it is a compressed file"),
+        (b"\x7fELF\x02\x01\x01\x00" * 99, "it is a program"),
+        (b"\x00\xff" * 999, "it is something else"),
+    ],
+)
+def test_what_is_no_squashfs_is_refused_and_its_memory_freed(
+    shell: Shell, tmp_path: Path, content: bytes, what: str
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(content)
+    done = run(shell, source, "anchor_squashfs_run; echo $?; show")
+    assert done.stdout == "1\n", done.stderr
+    assert what in note(shell, "error")
+    assert note(shell, "hint")
+    assert "not found" not in done.stderr and "rithmetic" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", [8192, 2_000_000])
+def test_truncated_image_is_refused(shell: Shell, image: Path, tmp_path: Path, missing: int) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(image.read_bytes()[:-missing])
+    done = run(shell, source, "anchor_squashfs_run; echo $?; show")
+    assert done.stdout == "1\n"
+    assert f"truncated: it has {source.stat().st_size} of " in note(shell, "error")
+
+
+def test_failed_download_frees_the_memory(shell: Shell) -> None:
+    done = run(shell, None, "anchor_squashfs_run; echo $?; show; anchor_squashfs_run; echo $?; show")
+    assert done.stdout == "1\n1\n"
+    assert note(shell, "error") == "the store is away"
+
+
+def test_image_that_does_not_mount_frees_the_memory(shell: Shell, image: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    content = bytearray(image.read_bytes())
+    content[28] = 9  # the major version
+    source.write_bytes(content)
+    done = run(shell, source, 'anchor_squashfs_run && anchor_squashfs_mount "$LOWER"; echo $?; show')
+    assert done.stdout == "1\n", done.stderr
+    assert "cannot mount the image: mount: " in note(shell, "error")
+    assert "compression" in note(shell, "hint")
+
+
+@pytest.mark.parametrize(("nodes", "policy"), [("0\n", False), ("0-1\n", True), ("0,2\n", True), ("", False)])
+def test_image_is_spread_over_numa_nodes(shell: Shell, image: Path, nodes: str, policy: bool) -> None:
+    file = shell.root / "sys/devices/system/node/has_memory"
+    file.parent.mkdir(parents=True)
+    file.write_text(nodes)
+    done = run(shell, image, "anchor_squashfs_run && show")
+    assert done.returncode == 0, done.stderr
+    assert ("mpol=interleave" in done.stdout) is policy
+
+
+@pytest.mark.parametrize("compression", ["gzip", "xz", "lz4", "lzo"])
+def test_other_compressions_are_noted_and_mount(tmp_path: Path, compression: str) -> None:
+    source = make_image(tmp_path, compression, size=9999)
+    (tmp_path / "node").mkdir()
+    shell = Shell("dash", tmp_path / "node")
+    done = run(shell, source, 'anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && cat "$LOWER/etc/motd"')
+    assert done.stdout == "from the image\n", done.stderr
+    assert note(shell, "note-compression") == compression

@@ -73,6 +73,8 @@ def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
             state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
         else:
             near = difflib.get_close_matches(word.name, spellings, n=1, cutoff=0.85)
+            if not near and difflib.get_close_matches(_prefix(word.name), [PREFIX], cutoff=0.85):
+                near = [f"{PREFIX}..."]
             if near:
                 state.warnings.append(f"{word.name}: is not a parameter of these stages; did you mean {near[0]}?")
     elif param.type == "bool":
@@ -86,6 +88,11 @@ def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
         )
     else:
         state.given[param.key] = Given(word.name, word.value)
+
+
+def _prefix(name: str) -> str:
+    """Return the first two parts of a dotted name, as long as PREFIX."""
+    return ".".join([*name.split(".")[:2], ""])
 
 
 def _normalise(state: _Check, param: Param) -> None:

@@ -94,8 +94,11 @@ anchor_note() {
 }
 
 # usage: anchor_note_number KEY N
-# Adds an integer to the running step's record.
+# Adds an integer to the running step's record; anything else is dropped, because it would break the JSON.
 anchor_note_number() {
+    case $2 in
+        '' | *[!0-9]*) return 0 ;;
+    esac
     [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "$2"
 }
 

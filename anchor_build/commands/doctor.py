@@ -46,18 +46,22 @@ def command(
         rows = [dataclasses.asdict(finding) for finding in findings]
         console.json({"ok": not lacking, "findings": rows, "packages": install})
     else:
-        marks = {
-            (True, True): "ok",
-            (True, False): "ok",
-            (False, True): "MISSING",
-            (False, False): "optional",
-        }
-        console.table(
-            ["", "WHAT", "FOUND"],
-            [[marks[finding.ok, finding.needed], finding.what, finding.detail] for finding in findings],
+        verbose = console.verbosity > 0
+        shown = [finding for finding in findings if verbose or not finding.ok]
+        if shown:
+            console.table(["", "WHAT", "FOUND"], [[_mark(f.ok, f.needed), f.what, f.detail] for f in shown])
+        good = sum(finding.ok for finding in findings)
+        click.echo(
+            f"{good} of {len(findings)} things are in place" + ("" if verbose else "; doctor lists them with -v")
         )
         if install:
             tool = "apt-get install" if package_family() == "deb" else "dnf install"
             click.echo(f"\nto get what is missing: {tool} {' '.join(install)}")
     if lacking:
         sys.exit(1)
+
+
+def _mark(ok: bool, needed: bool) -> str:
+    if ok:
+        return "ok"
+    return "MISSING" if needed else "optional"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import testinfra
 
 from anchor_build import qemu
+from anchor_build.bootwatch import BootResult
 from contrib.site import image, pki, servers
 
+LIMIT_S = 240.0  # for one boot, on a busy machine
 # A digest that no image of ours has.
 WRONG_SHA256 = "0" * 64
 
@@ -66,7 +72,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def root_image() -> image.SiteImage:
-    """The demo's root image, from the cache or made now (a minute)."""
+    """Return the demo's root image, from the cache or made now (a minute)."""
     key = image.login_key(image.CACHE)
     return image.build_image(image.CACHE, authorized_key=key.with_suffix(".pub").read_text(encoding="utf-8"))
 
@@ -88,6 +94,32 @@ def site(root_image: image.SiteImage, tmp_path_factory: pytest.TempPathFactory) 
     ):
         key = image.login_key(image.CACHE)
         yield Site(root_image, key, authority, acme, store, open_store, *ports)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A running node: how it booted, and a testinfra host to look inside."""
+
+    result: BootResult
+    host: Any
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """boot.json as the node has it."""
+        return dict(json.loads(self.host.file("/run/anchor/boot.json").content_string))
+
+
+@contextmanager
+def booted(site: Site, machine: qemu.Machine, tmp_path: Path) -> Iterator[Node]:
+    """Boot a node to multi-user and log in to it."""
+    with qemu.running(machine, timeout=LIMIT_S, console=tmp_path / "console.log") as result:
+        config = tmp_path / "ssh_config"
+        config.write_text(
+            f"Host node\n HostName 127.0.0.1\n Port {result.forwards[22]}\n User root\n"
+            f" IdentityFile {site.login_key.resolve()}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
+            " ConnectTimeout 20\n LogLevel ERROR\n"
+        )
+        yield Node(result, testinfra.get_host("ssh://node", ssh_config=str(config)))
 
 
 BuildInitramfs = Callable[..., Path]

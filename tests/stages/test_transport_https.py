@@ -13,10 +13,12 @@ import pytest
 
 from contrib.site import pki, servers
 from tests.stages import hostile_http as fake
+from tests.stages import https_node
 from tests.stages.hostile_http import hostile
 from tests.stages.https_node import CURL, DATA, DIGEST, Node, Site, tells_refused_headers
 
-pytest_plugins = ["tests.stages.https_node"]
+# Fixtures
+site, node, dash = https_node.site, https_node.node, https_node.dash
 
 
 def recording_curl(directory: Path, first_call: str = "") -> str:

@@ -9,10 +9,12 @@ import pytest
 
 from contrib.site import pki
 from tests.stages import hostile_http as fake
+from tests.stages import https_node
 from tests.stages.hostile_http import hostile
 from tests.stages.https_node import DATA, DIGEST, OTHER, Node, Site, tells_refused_headers
 
-pytest_plugins = ["tests.stages.https_node"]
+# Fixtures
+site, node, dash = https_node.site, https_node.node, https_node.dash
 
 
 def test_only_the_rest_is_asked_for_again(node: Node) -> None:

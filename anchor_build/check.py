@@ -73,10 +73,10 @@ def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
             state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
         else:
             near = difflib.get_close_matches(word.name, spellings, n=1, cutoff=0.85)
-            if not near and difflib.get_close_matches(_prefix(word.name), [PREFIX], cutoff=0.85):
-                near = [f"{PREFIX}..."]
             if near:
                 state.warnings.append(f"{word.name}: is not a parameter of these stages; did you mean {near[0]}?")
+            elif difflib.get_close_matches(_prefix(word.name), [PREFIX], cutoff=0.85):
+                state.warnings.append(f"{word.name}: is not a parameter of these stages; theirs begin with {PREFIX}")
     elif param.type == "bool":
         state.given[param.key] = Given(word.name, "1" if word.value is None else word.value)
     elif word.value is None:

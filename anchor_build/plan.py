@@ -51,7 +51,7 @@ def make_plan(
     wanted = {"auth": auth or ("none",), "transport": transport or ("https",), "image": image}
     for kind in KINDS:
         found = {name: registry.find(kind, name) for name in wanted[kind]}
-        chosen += sorted(found.values(), key=lambda stage: (stage.order, stage.name))
+        chosen += sorted(found.values(), key=lambda stage: stage.rank)
     if not image:
         names = ", ".join(stage.name for stage in registry.of_kind("image"))
         raise UsageError("no image stage was chosen", f"add --image with one of: {names}")

@@ -13,8 +13,8 @@ import jinja2
 from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
 from anchor_build.plan import Plan
-from anchor_build.registry import data_directory
-from anchor_build.stage import Param, Stage, shell_word
+from anchor_build.registry import data_directory, find_lib
+from anchor_build.stage import DECLARATION, Param, Stage, shell_word
 
 # dracut runs modules by number; 50 to 59 are for third parties. The core comes first.
 CORE_NUMBER = 50
@@ -29,7 +29,6 @@ CORE_FILES = (
     "anchor-ready.service",
     "anchor.network",
 )
-CORE_NETWORK_TARGET = "/etc/systemd/network/zz-anchor.network"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,10 @@ def render_module(stage: Stage) -> RenderedModule:
         "params.sh": _text(environment.get_template("params.sh.j2").render(context), 0o644),
     }
     for lib in stage.libs:
-        files[lib] = RenderedFile(_find_lib(stage, lib).read_bytes(), 0o644)
+        path = find_lib(stage, lib)
+        if path is None:
+            raise AnchorError(f"{stage.directory / DECLARATION}: stage.libs: {lib} has vanished")
+        files[lib] = RenderedFile(path.read_bytes(), 0o644)
     for file in stage.files:
         files[file.source] = RenderedFile((stage.directory / file.source).read_bytes(), int(file.mode, 8))
     if stage.is_core:
@@ -115,14 +117,6 @@ def write_modules(modules: tuple[RenderedModule, ...], directory: Path) -> None:
 
 def _text(text: str, mode: int) -> RenderedFile:
     return RenderedFile(text.encode(), mode)
-
-
-def _find_lib(stage: Stage, name: str) -> Path:
-    """Return a shell library: the stage's own, or the project's."""
-    for path in (stage.directory / name, data_directory() / "lib" / name):
-        if path.is_file():
-            return path
-    raise AnchorError(f"{stage.directory / 'stage.toml'}: stage.libs: {name} is neither beside it nor in lib/")
 
 
 def _context(stage: Stage) -> dict[str, Any]:

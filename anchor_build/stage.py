@@ -121,6 +121,11 @@ class Stage:
         return shell_word(self.name)
 
     @property
+    def rank(self) -> tuple[int, str]:
+        """Its place among the stages of its kind: that in which the node's shell sorts <order>-<name>/."""
+        return self.order, f"{self.name}/"
+
+    @property
     def script(self) -> Path:
         """The stage's shell functions."""
         return self.directory / SCRIPT

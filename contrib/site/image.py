@@ -95,7 +95,7 @@ def build_image(cache: Path, *, authorized_key: str, suite: str = "bookworm") ->
     Raises AnchorError when a program is missing or a step fails.
     """
     cache = cache.resolve()
-    files = _files(authorized_key)
+    files = image_files(authorized_key)
     recipe = json.dumps([suite, IMAGE_TIME, Path(__file__).read_text("utf-8")])
     digest = hashlib.sha256(recipe.encode() + files)
     target = cache / f"{suite}-{digest.hexdigest()[:16]}"
@@ -139,7 +139,7 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _files(authorized_key: str) -> bytes:
+def image_files(authorized_key: str) -> bytes:
     """Return the image's own files as a tar archive that is the same on every host."""
     archive = io.BytesIO()
     login = Path("root/.ssh/authorized_keys")

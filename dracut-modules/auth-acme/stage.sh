@@ -132,7 +132,7 @@ anchor_acme__respond_http() {
 # ualpn proxies what is no challenge to a backend and insists on having one: port 9 of loopback, where nothing listens.
 anchor_acme__respond_tls() {
     timeout -k 1 "$((anchor_acme_timeout + 5))" ualpn -s "$ANCHOR_ACME_DIR/ualpn.sock" -p "$ANCHOR_ACME_DIR/ualpn.pid" \
-        -S 600 -n 1 -m 4 -P 0 -c 127.0.0.1@9 "$@" </dev/null >/dev/null 2>&1 &
+        -n 1 -m 4 -P 0 -c 127.0.0.1@9 "$@" </dev/null >/dev/null 2>&1 &
     anchor_acme__responder=$!
 }
 

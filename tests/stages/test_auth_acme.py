@@ -196,7 +196,7 @@ def test_server_that_says_no(node: Node, path: str, words: tuple[str, ...]) -> N
 )
 def test_server_that_is_busy(node: Node, path: str, most: int, word: str) -> None:
     """It is asked again, but not when it says that there is no point before the time is up."""
-    result = node.run(server=f"{node.site.urls['refusals']}/{path}/dir", timeout="6")
+    result = node.run(server=f"{node.site.urls['refusals']}/{path}/dir", timeout="4")
     _check_refused(node, result, word, "attempts: ")
     attempts = int(result.note("number-attempts"))
     assert attempts == 1 if most == 1 else 2 <= attempts <= most

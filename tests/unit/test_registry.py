@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anchor_build.errors import InvalidFilesError, UsageError
-from anchor_build.registry import load_registry
+from anchor_build.registry import CORE_WORDS, load_registry
 from tests.conftest import SITE_STAGES, TOP, WriteStage
 
 BUILT_IN = ["auth-acme", "auth-none", "transport-https", "image-squashfs"]
@@ -101,7 +102,6 @@ CLASHES = [
     (("x", "auth", alias("acme_server")), "param: acme_server is already declared in"),
     (("x", "auth", alias("rd.anchor.acme.email")), "param: rd.anchor.acme.email is already declared in"),
     (("x", "auth", alias("overlayfs_size")), "param: overlayfs_size is already declared in"),
-    # rd.anchor.overlay-size.p and a core's overlay.size_p would be one shell variable; so would these two
     (("key", "core", ""), "stage.kind: there is one core only"),
     (("https", "image", ""), "stage.name: anchor_https_run is already a function of"),
     (("net", "auth", ""), "stage.name: net is a word of the core's own functions"),
@@ -116,6 +116,14 @@ def test_a_clash_with_a_built_in_stage(write_stage: WriteStage, declared: tuple[
     with pytest.raises(InvalidFilesError) as caught:
         load_registry([write_stage(name, kind=kind, body=body)])
     assert any(problem in text for text in caught.value.problems), caught.value.problems
+
+
+def test_the_words_of_the_core_are_all_refused_as_names() -> None:
+    core = load_registry().core
+    text = "".join((TOP / "lib" / lib).read_text(encoding="utf-8") for lib in core.libs)
+    text += "".join(param.variable + "()\n" for param in core.params if "." not in param.name)
+    words = set(re.findall(r"^anchor_([a-z]+)\w*\(\)", text, re.MULTILINE))
+    assert words <= CORE_WORDS
 
 
 def test_two_parameters_that_would_be_one_shell_variable(write_stage: WriteStage) -> None:

@@ -164,7 +164,7 @@ def _prepare(
     etc.mkdir()
     for name, content in site.items():
         (etc / name).write_bytes(content)
-        (etc / name).chmod(0o600 if name == "params" else 0o644)
+        (etc / name).chmod(readback.site_mode(name))
     config.write_text(dracut.configuration(), encoding="utf-8")
     (work / "dracut.conf.d").mkdir()
     (work / "tmp").mkdir()

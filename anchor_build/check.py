@@ -110,7 +110,8 @@ def _choose(state: _Check, kind: str) -> Stage | None:
     stages = state.plan.of_kind(kind)
     wanted = state.values.get(f"{PREFIX}{kind}", "")
     if wanted:
-        named = next((stage for stage in stages if stage.name == wanted), None)
+        # As on the node, where a stage goes by the name that it has in shell functions.
+        named = next((stage for stage in stages if stage.word == wanted.replace("-", "_")), None)
         if named is None:
             names = ", ".join(stage.name for stage in stages)
             state.errors.append(f"{PREFIX}{kind}: names no {kind} stage of this initramfs, which has: {names}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import stat
 import tempfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anchor_build.errors import AnchorError
 from anchor_build.run import run
 
 NEWC_MAGICS = (b"070701", b"070702")
+HEADER = re.compile(rb"07070[12]([0-9A-Fa-f]{104})")
 HEADER_SIZE = 110
 TRAILER = b"TRAILER!!!"
 # First bytes of each compression that the kernel unpacks: lib/decompress.c.
@@ -31,7 +33,10 @@ COMPRESSIONS = {
 
 @dataclass(frozen=True)
 class Member:
-    """One entry: its path without a leading slash, permission and type bits, size in bytes; content of plain files."""
+    """One entry: its path without a leading slash, permission and type bits, size in bytes, content.
+
+    Of hard links only one has a size: the bytes are there once.
+    """
 
     path: str
     mode: int
@@ -85,6 +90,8 @@ def read_initramfs(file: Path) -> Initramfs:
     Raises AnchorError when it is not readable as what the kernel would accept.
     """
     data = file.read_bytes()
+    if not data:
+        raise AnchorError(f"{file}: is not an initramfs: it is empty")
     members: dict[str, Member] = {}
     compression = "none"
     while data:
@@ -104,20 +111,29 @@ def _read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
     six of magic and thirteen numbers of eight hexadecimal digits; name and content are padded to four bytes.
     """
     position = 0
-    while data[position : position + 6] in NEWC_MAGICS:
-        try:
-            fields = [int(data[position + 6 + 8 * n : position + 14 + 8 * n], 16) for n in range(13)]
-        except ValueError:
-            break
-        mode, size, name_size = fields[1], fields[6], fields[11]
+    links: dict[tuple[int, ...], list[str]] = {}
+    while header := HEADER.match(data, position):
+        fields = [int(header[1][8 * n : 8 * n + 8], 16) for n in range(13)]
+        inode, mode, size, name_size = (fields[0], *fields[7:9]), fields[1], fields[6], fields[11]
         start = (position + HEADER_SIZE + name_size + 3) & ~3
         name = data[position + HEADER_SIZE : position + HEADER_SIZE + name_size - 1]
         if name == TRAILER:
+            _share_content(members, links.values())
             return data[start:].lstrip(b"\0")
         path = name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
         members[path] = Member(path, mode, size, data[start : start + size])
+        if fields[4] > 1 and members[path].is_file:
+            links.setdefault(inode, []).append(path)
         position = (start + size + 3) & ~3
     raise AnchorError(f"{file}: the archive is cut off or damaged at byte {position}", "build it again")
+
+
+def _share_content(members: dict[str, Member], groups: Iterable[list[str]]) -> None:
+    """Give all hard links of a file its content, which the archive holds with one of them; sizes stay as they are."""
+    for paths in groups:
+        content = max((members[path].content for path in paths), key=len)
+        for path in paths:
+            members[path] = replace(members[path], content=content)
 
 
 def _compression(data: bytes) -> str | None:

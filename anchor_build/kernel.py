@@ -73,11 +73,12 @@ def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
     `modules` names the modules directory when it is not where the distribution puts it. Raises AnchorError
     with a list of what there is.
     """
-    image = Path(wanted) if wanted and "/" in wanted else None
+    image = Path(wanted) if wanted and ("/" in wanted or Path(wanted).is_file()) else None
     if image is not None and not image.is_file():
         raise AnchorError(f"--kernel {image}: no such file")
     if modules is not None:
         release = modules.resolve().name
+        _check_same(wanted, image, modules, release)
     elif image is not None:
         release = release_of(image)
     elif wanted:
@@ -92,10 +93,26 @@ def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
     return Kernel(release, _find_modules(release, image, modules), image)
 
 
+def _check_same(wanted: str | None, image: Path | None, modules: Path, release: str) -> None:
+    """Refuse modules of another kernel: it would load none of them, and the node would have no network."""
+    if image is None:
+        other = wanted or release
+    else:
+        try:
+            other = release_of(image)
+        except AnchorError:
+            return  # another architecture's image does not tell
+    if other != release:
+        raise AnchorError(f"--kernel {wanted} is {other}, but --modules {modules} is of {release}")
+
+
 def release_of(image: Path) -> str:
-    """Read the release from an x86 kernel image; raises AnchorError when it is none."""
-    with image.open("rb") as file:
-        head = file.read(0x8000)
+    """Read the release from an x86 kernel image; raises AnchorError when it is none or may not be read."""
+    try:
+        with image.open("rb") as file:
+            head = file.read(0x8000)
+    except OSError as error:
+        raise AnchorError(f"--kernel {image}: cannot be read: {error.strerror}") from None
     offset, magic = SETUP_MAGIC
     pointer = int.from_bytes(head[VERSION_POINTER : VERSION_POINTER + 2], "little") + SETUP_START
     if head[offset : offset + 4] != magic or pointer >= len(head):

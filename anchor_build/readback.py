@@ -48,11 +48,20 @@ def missing(
         for source, target, mode in installed_files(stage):
             problems += _compare(initramfs, stage.id, target, module.files[source].content, mode)
     for name, content in site.items():
-        problems += _compare(initramfs, "anchor", f"/etc/anchor/{name}", content, None)
+        problems += _compare(initramfs, "anchor", f"/etc/anchor/{name}", content, site_mode(name))
     for hook, name in HOOKS.items():
-        if not any(initramfs.resolve(f"{tree}/{hook}/{name}") for tree in HOOK_TREES):
+        tree = next((tree for tree in HOOK_TREES if initramfs.resolve(f"{tree}/{hook}/{name}")), None)
+        if tree is None:
             problems.append(f"anchor: the {hook} hook is not inside")
+        else:
+            content = modules[0].files[name.partition("-")[2]].content
+            problems += _compare(initramfs, "anchor", f"/{tree}/{hook}/{name}", content, None)
     return problems
+
+
+def site_mode(name: str) -> int:
+    """Return the permission bits of a file in /etc/anchor: the parameters may hold secrets."""
+    return 0o600 if name == "params" else 0o644
 
 
 def is_promised(driver: str) -> bool:

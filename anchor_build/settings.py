@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +46,29 @@ def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:
             problems.append(f"--set {name}: {unknown_parameter(name, list(params))}")
         else:
             try:
-                raw = _read_value(value)
+                raw = _read_value(param, value)
                 paramtypes.check_value(param.type, raw, param.options)
                 found[param.key] = Setting(param, raw)
-            except (paramtypes.InvalidValueError, OSError, UnicodeDecodeError) as error:
+            except paramtypes.InvalidValueError as error:
                 problems.append(f"--set {name}: {error}")
+            except OSError as error:
+                problems.append(f"--set {name}: {error.filename}: {error.strerror}")
     if problems:
         raise UsageError("\n".join(problems))
     return tuple(found[key] for key in sorted(found))
 
 
-def _read_value(value: str) -> str:
-    if not value.startswith("@"):
-        return value
-    return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
+def _read_value(param: Param, text: str) -> str:
+    if not text.startswith("@"):
+        if param.type == "secret":
+            remedy = f"give it as {param.key}=@FILE"
+            raise paramtypes.InvalidValueError(f"is a secret, and every process can read arguments: {remedy}")
+        return text
+    file = Path(text[1:])
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise paramtypes.InvalidValueError(f"{file}: is not UTF-8 text") from None
 
 
 def unknown_parameter(name: str, known: Sequence[str]) -> str:
@@ -72,7 +82,7 @@ def unknown_parameter(name: str, known: Sequence[str]) -> str:
 def read_ca(path: Path | None) -> tuple[bytes, str]:
     """Return the CA bundle to bake in and a warning, empty when the site named its own.
 
-    Raises AnchorError when the file is unreadable, holds no certificate, or holds a private key.
+    Raises AnchorError when the file is unreadable, holds no or a broken certificate, or holds a private key.
     """
     if path is None:
         for bundle in SYSTEM_BUNDLES:
@@ -87,4 +97,8 @@ def read_ca(path: Path | None) -> tuple[bytes, str]:
         raise AnchorError(f"--ca {path}: holds a private key", "a CA bundle holds certificates only")
     if not re.search(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----", data):
         raise AnchorError(f"--ca {path}: holds no certificate in PEM form")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        raise AnchorError(f"--ca {path}: holds a certificate that cannot be read", "is it whole?") from None
     return data, ""

@@ -26,6 +26,9 @@ anchor_params_parse() {
     local stage
     anchor_params_bad=0
     anchor_params_error=
+    for stage in $anchor_stages; do
+        "anchor_${stage}_forget"
+    done
     anchor_cmdline_each anchor_params_word
     for stage in $anchor_stages; do
         "anchor_${stage}_check"
@@ -73,14 +76,14 @@ anchor_param_private() {
     }
 }
 
-# usage: anchor_param_source NAME URL DIGEST DIGEST_NAME
+# usage: anchor_param_source NAME URL DIGEST DIGEST_NAME; the last two are empty for a stage without a digest
 # Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest.
 anchor_param_source() {
     [ -n "$2" ] || return 0
     if ! anchor_stage_for_scheme "${2%%://*}"; then
         anchor_param_bad "$1" "no transport in this initramfs carries ${2%%://*}://"
     elif [ "$anchor_transport_needs_digest" = 1 ] && [ -z "$3" ]; then
-        anchor_param_bad "$1" "${2%%://*}:// is not protected: add $4= or use https://"
+        anchor_param_bad "$1" "${2%%://*}:// is not protected: ${4:+add $4= or }use https://"
     fi
 }
 

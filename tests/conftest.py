@@ -10,6 +10,7 @@ import pytest
 
 from anchor_build.plan import Plan
 from anchor_build.render import installed_files, render_plan
+from contrib.site.pki import make_authority
 
 TOP = Path(__file__).resolve().parents[1]
 SITE_PACKAGE = TOP / "tests" / "fixtures" / "site_package"
@@ -66,3 +67,16 @@ def lay_out() -> LayOut:
                 path.chmod(mode)
 
     return install
+
+
+@pytest.fixture(scope="session")
+def site_ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the CA of a site: its certificate; the key is beside it as ca.key."""
+    return make_authority(tmp_path_factory.mktemp("pki")).certificate
+
+
+@pytest.fixture
+def authority(site_ca: Path, tmp_path: Path) -> Path:
+    """Return a copy of that CA that a test may change."""
+    shutil.copytree(site_ca.parent, tmp_path / "pki")
+    return tmp_path / "pki" / site_ca.name

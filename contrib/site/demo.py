@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if options.stop:
-            stop(console)
-        else:
-            demo(console, keep=options.keep)
+        with alone():
+            if options.stop:
+                stop(console)
+            else:
+                demo(console, keep=options.keep)
     except AnchorError as error:
         console.error(error.message, error.hint)
         return error.exit_status
-    except KeyboardInterrupt:
-        console.error("interrupted")
+    except (KeyboardInterrupt, click.Abort):
+        console.error("interrupted; everything that ran has been ended")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hold the demo's directory; raises AnchorError when another demo has it."""
+    OUT.parent.mkdir(exist_ok=True)
+    with OUT.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AnchorError(
+                "another demo is at work in this checkout", "wait for it, or end it with Ctrl-C"
+            ) from None
+        yield
 
 
 def demo(console: Console, *, keep: bool) -> None:
@@ -65,9 +81,9 @@ def demo(console: Console, *, keep: bool) -> None:
     if any(is_running(kept) for kept in read_kept(OUT)):
         raise AnchorError("an earlier demo is still running", "stop it with: ./build.sh demo --stop")
     started = time.monotonic()
+    image, key = make_image(console)
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "www").mkdir(parents=True)
-    image, key = make_image(console)
     (OUT / "www" / "image.squashfs").symlink_to(image.squashfs)
     validation, ssh = servers.free_port(), servers.free_port()
     with ExitStack() as stack:
@@ -181,6 +197,11 @@ def stop(console: Console) -> None:
     """End what a demo left running."""
     count = stop_kept(OUT)
     console.info(f"ended {count} processes" if count else "nothing of the demo is running")
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        # `boot --keep` keeps QEMU's own files beside its process id.
+        machine = Path(json.loads((OUT / "boot-result.json").read_text(encoding="utf-8"))["pid_file"]).parent
+        if machine.name.startswith("anchor-boot-"):
+            shutil.rmtree(machine, ignore_errors=True)
 
 
 def megabytes(path: Path) -> str:

@@ -99,7 +99,7 @@ anchor_acme__respond() {
     fi
     if [ "$port" = 80 ]; then
         anchor_acme__respond_http
-        anchor_acme__respond_wait "$hex" && return 0
+        anchor_acme__respond_wait "$hex" 2 && return 0
     else
         # ualpn parses what strangers send: it gives up root where the initramfs has a user for that.
         while read -r user; do
@@ -107,11 +107,11 @@ anchor_acme__respond() {
         done 2>/dev/null <"${ANCHOR_ROOT:-}/etc/passwd"
         if [ -n "$user" ]; then
             anchor_acme__respond_tls -u nobody
-            anchor_acme__respond_wait "$hex" && return 0
+            anchor_acme__respond_wait "$hex" 3 && return 0
             anchor_acme__responder_end
         fi
         anchor_acme__respond_tls
-        anchor_acme__respond_wait "$hex" && return 0
+        anchor_acme__respond_wait "$hex" 3 && return 0
     fi
     anchor_fail "cannot listen on port $port to answer the $anchor_acme_challenge challenge" \
         "are socat, ualpn and the loopback network in the initramfs?"
@@ -136,16 +136,28 @@ anchor_acme__respond_tls() {
     anchor_acme__responder=$!
 }
 
-# usage: anchor_acme__respond_wait PORT-IN-HEX
-# Waits up to 5 s until the responder listens. Status 1 if it ended or does not.
+# usage: anchor_acme__respond_wait PORT-IN-HEX PROCESSES
+# Waits up to 5 s until the responder listens and has its processes: ualpn closes what comes before it has a worker,
+# which it starts 0.1 s after it listens. Status 1 if the responder ended or is late.
 anchor_acme__respond_wait() {
     local tries=100
     while [ "$tries" -gt 0 ] && kill -0 "$anchor_acme__responder" 2>/dev/null; do
-        if anchor_acme__listening "$1"; then return 0; fi
+        if anchor_acme__listening "$1" && anchor_acme__grown "$2"; then return 0; fi
         sleep 0.05
         tries=$((tries - 1))
     done
     return 1
+}
+
+# usage: anchor_acme__grown PROCESSES
+# Status 0 if the responder's process group, which timeout(1) leads, has that many.
+anchor_acme__grown() {
+    local file pid name state parent group rest count=0
+    for file in /proc/[0-9]*/stat; do
+        { read -r pid name state parent group rest; } 2>/dev/null <"$file" || continue
+        [ "$group" != "$anchor_acme__responder" ] || count=$((count + 1))
+    done
+    [ "$count" -ge "$1" ]
 }
 
 # usage: anchor_acme__listening PORT-IN-HEX

@@ -79,6 +79,22 @@ def test_tls_challenge_with_and_without_a_user_to_become(node: Node, passwd: str
     _check_credentials(node, result)
 
 
+def test_tls_responder_is_ready_when_the_order_begins(node: Node) -> None:
+    """Ualpn closes what comes in its first tenth of a second, so a quick server would find nobody."""
+    text = """
+anchor_acme_timeout=20 anchor_acme_challenge=tls-alpn-01
+export ANCHOR_ACME_DIR="$ANCHOR_ROOT/run/anchor/acme"
+mkdir -p "$ANCHOR_ACME_DIR"
+anchor_acme__respond || exit 1
+timeout 0.3 socat -u TCP:127.0.0.1:443 -
+echo "held open: $?"
+anchor_acme__responder_end
+"""
+    result = node.script(text)
+    assert "held open: 124" in result.log
+    assert node.processes() == []
+
+
 @pytest.mark.parametrize(
     ("key_type", "kind"),
     [("ec-384", "Public-Key: (384 bit)"), ("rsa-2048", "Public-Key: (2048 bit)"), ("rsa-3072", "(3072 bit)")],
@@ -289,7 +305,7 @@ anchor_acme_timeout=20
 export ANCHOR_ACME_DIR="$ANCHOR_ROOT/run/anchor/acme"
 mkdir -p "$ANCHOR_ACME_DIR/tokens"; echo good.thumbprint >"$ANCHOR_ACME_DIR/tokens/good"
 anchor_acme__respond_http
-anchor_acme__respond_wait 0050 || exit 1
+anchor_acme__respond_wait 0050 2 || exit 1
 for to in TCP4:127.0.0.1:80 'TCP6:[::1]:80'; do
     printf 'GET /.well-known/acme-challenge/good HTTP/1.1\\r\\n\\r\\n' | socat -t 5 - "$to"; echo
 done

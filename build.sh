@@ -116,9 +116,12 @@ install_deb() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o "DPkg::Lock::Timeout=$APT_LOCK_LIMIT" \
         install --no-install-recommends "$@" >&2 || status=$?
     allow_daemons
-    if [[ " $* " == *' nginx '* ]] && command -v systemctl >/dev/null; then
-        "${as_root[@]}" systemctl --quiet disable nginx.service || true # nor at the next boot
-    fi
+    local daemon
+    for daemon in nginx chrony; do # nor shall they start at the next boot
+        if [[ " $* " == *" $daemon "* && $daemon != "$keep_daemon" ]] && command -v systemctl >/dev/null; then
+            "${as_root[@]}" systemctl --quiet disable "$daemon.service" || true
+        fi
+    done
     return "$status"
 }
 
@@ -131,15 +134,16 @@ install_rpm() {
 # forbid_daemons, allow_daemons: Debian's packages start their services; a policy of 101 says no. A policy
 # that is already there stays. chrony may start where it replaces a running time service.
 forbid_daemons() {
-    local answer='exit 101'
+    keep_daemon=none
     policy=${ANCHOR_ROOT:-}/usr/sbin/policy-rc.d
-    [[ ! -e $policy ]] || { policy='' && return; }
     if command -v systemctl >/dev/null && systemctl --quiet is-active systemd-timesyncd.service; then
-        # shellcheck disable=SC2016 # the policy's own argument
-        answer='case $1 in chrony*) exit 0 ;; *) exit 101 ;; esac'
+        keep_daemon=chrony
     fi
+    [[ ! -e $policy ]] || { policy='' && return; }
     trap allow_daemons EXIT
-    printf '#!/bin/sh\n%s\n' "$answer" | "${as_root[@]}" install -m 755 /dev/stdin "$policy"
+    # shellcheck disable=SC2016 # $1 is the policy's own argument
+    printf '#!/bin/sh\ncase $1 in %s*) exit 0 ;; *) exit 101 ;; esac\n' "$keep_daemon" |
+        "${as_root[@]}" install -m 755 /dev/stdin "$policy"
 }
 
 allow_daemons() {

@@ -2,7 +2,7 @@
 # What the node says and keeps of its boot: lines on the console and in boot.log, one record per step in
 # boot.json, and the same records as events on a terminal (rd.anchor.events=).
 #
-# A running step collects its facts below /run/anchor/steps/<NN>-<step>/, one file per fact, because stages run in
+# A running step collects its facts below /run/anchor/steps/<number>/, one file per fact, because stages run in
 # subshells: files are the only thing that comes out of one. boot.json is always rewritten whole and renamed into place.
 
 ANCHOR_RUN="${ANCHOR_ROOT:-}/run/anchor"
@@ -19,18 +19,19 @@ anchor_uptime_ms() {
 }
 
 # usage: anchor_printable TEXT
-# Sets anchor_printable: TEXT with every control character replaced by '?', so it cannot drive a terminal.
+# Sets anchor_printable: TEXT with every byte that is not printable ASCII replaced by '?'. What is left can neither drive
+# a terminal, not even an 8-bit one, nor be invalid UTF-8 in JSON.
 anchor_printable() {
     local rest="$1" done='' plain LC_ALL=C
     case $rest in
-        *[[:cntrl:]]*) ;;
+        *[!\ -~]*) ;;
         *)
             anchor_printable=$rest
             return 0
             ;;
     esac
     while :; do
-        plain=${rest%%[[:cntrl:]]*}
+        plain=${rest%%[!\ -~]*}
         [ "$plain" != "$rest" ] || break
         done="$done$plain?"
         rest=${rest#"$plain"}
@@ -49,7 +50,7 @@ anchor_recall() {
 }
 
 # usage: anchor_keep FILE TEXT
-# Writes one fact as one line; control characters, newlines among them, become '?'.
+# Writes one fact as one line of printable ASCII.
 anchor_keep() {
     anchor_printable "$2"
     printf '%s\n' "$anchor_printable" >"$1"
@@ -61,7 +62,7 @@ anchor_say() {
     anchor_printable "$2"
     anchor_uptime_ms
     printf '[%6d.%02d] %s%s\n' $((anchor_uptime_ms / 1000)) $((anchor_uptime_ms % 1000 / 10)) "$1" "$anchor_printable" \
-        >>"$ANCHOR_RUN/boot.log" 2>/dev/null
+        2>/dev/null >>"$ANCHOR_RUN/boot.log"
     printf 'anchor: %s%s\n' "$1" "$anchor_printable" >&2
 }
 
@@ -96,14 +97,17 @@ anchor_note() {
 # usage: anchor_note_number KEY N
 # Adds an integer to the running step's record; anything else is dropped, because it would break the JSON.
 anchor_note_number() {
-    case $2 in
+    local digits="${2#-}" sign=''
+    [ "$digits" = "$2" ] || sign=-
+    case $digits in
         '' | *[!0-9]*) return 0 ;;
     esac
-    [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "$2"
+    digits=${digits#"${digits%%[!0]*}"}
+    [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "${digits:+$sign}${digits:-0}"
 }
 
 # usage: anchor_json TEXT
-# Sets anchor_json: TEXT as a JSON string, quotes included. Control characters become '?'.
+# Sets anchor_json: TEXT as a JSON string, quotes included; see anchor_printable.
 anchor_json() {
     local rest out='' head
     anchor_printable "$1"
@@ -128,7 +132,7 @@ anchor_json() {
 # usage: anchor_step_begin STEP [STAGE]
 # Starts the record of a step. Sets anchor_step_dir, which the step's subshell inherits.
 anchor_step_begin() {
-    local n=10
+    local n=1000 # always four digits, so that a glob lists steps in their order
     while [ -d "$ANCHOR_RUN/steps/$n" ]; do n=$((n + 1)); done
     anchor_step_dir="$ANCHOR_RUN/steps/$n"
     mkdir "$anchor_step_dir" || return 1
@@ -216,8 +220,9 @@ anchor_boot_write() {
 }
 
 # usage: anchor_event JSON
-# Sends one line of JSON to the terminal that rd.anchor.events= names, if any.
+# Sends one line of JSON to the terminal that rd.anchor.events= names, if any. Always returns 0: who watches is no reason
+# to fail.
 anchor_event() {
     [ -n "${anchor_events:-}" ] && [ -c "/dev/$anchor_events" ] || return 0
-    printf '%s\n' "$1" >"/dev/$anchor_events"
+    printf '%s\n' "$1" 2>/dev/null >"/dev/$anchor_events" || :
 }

@@ -67,9 +67,7 @@ def alone() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AnchorError(
-                "another demo is at work in this checkout", "wait for it, or end it with Ctrl-C"
-            ) from None
+            raise AnchorError("another demo is at work in this checkout", "wait for it or interrupt it") from None
         yield
 
 
@@ -87,21 +85,7 @@ def demo(console: Console, *, keep: bool) -> None:
     (OUT / "www" / "image.squashfs").symlink_to(image.squashfs)
     validation, ssh = servers.free_port(), servers.free_port()
     with ExitStack() as stack:
-        with console.step("make the site's own certificate authority"):
-            authority = pki.make_authority(OUT / "pki")
-            leaf = pki.issue(authority, OUT / "pki", "store")
-        with console.step("start an ACME server (pebble) and an image store (nginx, mutual TLS)"):
-            acme = stack.enter_context(
-                servers.pebble(
-                    OUT / "acme", authority, http_port=validation, tls_port=servers.free_port(), outlive=keep
-                )
-            )
-            store = stack.enter_context(
-                servers.nginx(
-                    OUT / "store", root=OUT / "www", leaf=leaf, client_ca=acme.root, plain=False, outlive=keep
-                )
-            )
-        console.info(f"        ACME at 127.0.0.1:{acme.port}, images at 127.0.0.1:{store.https_port}, only on loopback")
+        authority, acme, store = start_site(console, stack, validation, keep=keep)
         anchor_build(
             *("initramfs", "--auth", "acme", "--image", "squashfs", "--ca", authority.certificate),
             *("--kernel", image.kernel, "--modules", image.modules, "-o", OUT / "initramfs.img"),
@@ -115,6 +99,24 @@ def demo(console: Console, *, keep: bool) -> None:
     show(console, result, image, time.monotonic() - started)
     if keep:
         print_login(ssh, key)
+
+
+def start_site(
+    console: Console, stack: ExitStack, validation: int, *, keep: bool
+) -> tuple[pki.Authority, servers.Acme, servers.Store]:
+    """Make the certificates and start the servers, which end with `stack`."""
+    with console.step("make the site's own certificate authority"):
+        authority = pki.make_authority(OUT / "pki")
+        leaf = pki.issue(authority, OUT / "pki", "store")
+    with console.step("start an ACME server (pebble) and an image store (nginx, mutual TLS)"):
+        tls_port = servers.free_port()
+        pebble = servers.pebble(OUT / "acme", authority, http_port=validation, tls_port=tls_port, outlive=keep)
+        acme = stack.enter_context(pebble)
+        www, ca = OUT / "www", acme.root
+        nginx = servers.nginx(OUT / "store", root=www, leaf=leaf, client_ca=ca, plain=False, outlive=keep)
+        store = stack.enter_context(nginx)
+    console.info(f"        ACME at 127.0.0.1:{acme.port}, images at 127.0.0.1:{store.https_port}, only on loopback")
+    return authority, acme, store
 
 
 def make_image(console: Console) -> tuple[SiteImage, Path]:

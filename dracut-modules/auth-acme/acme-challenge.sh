@@ -2,7 +2,7 @@
 # usage: acme-challenge begin|done|failed TYPE IDENTIFIER TOKEN AUTHORIZATION
 #
 # uacme's hook: hands the answer to a challenge to the responder that the stage started below ANCHOR_ACME_DIR, and
-# takes it back afterwards. Declines (status 1) every challenge but ANCHOR_ACME_CHALLENGE, so uacme offers the next.
+# takes it back afterwards. For http-01 that is the whole HTTP response, which socat copies to whoever connects. Declines (status 1) every challenge but ANCHOR_ACME_CHALLENGE, so uacme offers the next.
 # All words but the first come from the ACME server.
 
 LC_ALL=C
@@ -16,15 +16,21 @@ tell_ualpn() {
     return 1
 }
 
-tokens="${ANCHOR_ACME_DIR:?}/tokens"
-[ "$#" -eq 5 ] && [ "$2" = "${ANCHOR_ACME_CHALLENGE:-}" ] || exit 1
+# usage: http_answer AUTHORIZATION
+# Puts the response in place whole. The authorization is no secret: the server asks for it in clear over HTTP.
+http_answer() {
+    printf 'HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %s\r\nConnection: close\r\n\r\n%s' \
+        "${#1}" "$1" >"$ANCHOR_ACME_DIR/answer.new" && mv -f "$ANCHOR_ACME_DIR/answer.new" "$ANCHOR_ACME_DIR/answer"
+}
+
+[ -n "${ANCHOR_ACME_DIR:-}" ] && [ "$#" -eq 5 ] && [ "$2" = "${ANCHOR_ACME_CHALLENGE:-}" ] || exit 1
 case $3 in '' | *[!A-Za-z0-9.:_-]*) exit 1 ;; esac
 case $4 in '' | *[!A-Za-z0-9_-]*) exit 1 ;; esac
 case $5 in '' | *[!A-Za-z0-9._-]*) exit 1 ;; esac
 
 case $2/$1 in
-    http-01/begin) printf '%s\n' "$5" >"$tokens/.new" && mv -f "$tokens/.new" "$tokens/$4" ;;
-    http-01/*) rm -f "$tokens/$4" ;;
+    http-01/begin) http_answer "$5" ;;
+    http-01/*) rm -f "$ANCHOR_ACME_DIR/answer" ;;
     tls-alpn-01/begin) tell_ualpn "auth $3 $5" ;;
     tls-alpn-01/*) tell_ualpn "unauth $3" ;;
     *) exit 1 ;;

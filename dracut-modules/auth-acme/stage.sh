@@ -23,7 +23,7 @@ anchor_acme_run() {
     anchor_note challenge "$anchor_acme_challenge"
     export ANCHOR_ACME_DIR="${ANCHOR_ROOT:-}/run/anchor/acme" ANCHOR_ACME_CHALLENGE="$anchor_acme_challenge"
     rm -rf "${ANCHOR_ACME_DIR:?}"
-    if ! mkdir -p "$ANCHOR_ACME_DIR/tokens" "$ANCHOR_ACME_DIR/conf" || ! mkfifo "$ANCHOR_ACME_DIR/report"; then
+    if ! mkdir -p "$ANCHOR_ACME_DIR/conf" || ! mkfifo "$ANCHOR_ACME_DIR/report"; then
         anchor_fail "cannot write to ${ANCHOR_ACME_DIR%/acme}" "is there memory left for /run?"
         return 1
     fi
@@ -118,13 +118,16 @@ anchor_acme__respond() {
 }
 
 # usage: anchor_acme__respond_http
+# Gives the one answer there is to whoever connects, whatever they ask: nothing that a stranger sends is read but into
+# /dev/null, and no program is started for it. That also answers before uacme first asks whether the server is
+# content; when it is not yet, uacme 1.7 sleeps 5 s. Before there is an answer, connections are closed.
 # One socket for IPv6 and IPv4, or IPv4 alone where the kernel has no IPv6. A request is at most 4096 bytes and 5 s.
 anchor_acme__respond_http() {
     local listen='TCP4-LISTEN:80'
     [ ! -e /proc/net/if_inet6 ] || listen='TCP6-LISTEN:80,ipv6-v6only=0'
     timeout -k 1 "$((anchor_acme_timeout + 5))" socat -T 5 -t 2 \
         "$listen,fork,reuseaddr,max-children=32,readbytes=4096" \
-        "EXEC:timeout -k 1 5 ${ANCHOR_ROOT:-}/usr/lib/anchor/acme-http" </dev/null >/dev/null 2>&1 &
+        "OPEN:$ANCHOR_ACME_DIR/answer,rdonly!!OPEN:/dev/null,wronly" </dev/null >/dev/null 2>&1 &
     anchor_acme__responder=$!
 }
 

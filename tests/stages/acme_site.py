@@ -180,7 +180,7 @@ class Node:
         words = [line.split() for line in subprocess.check_output(listing, text=True).splitlines()]
         # The site's first process is no init: ended orphans stay as zombies (Z).
         running = [name for state, name, *_ in words if not state.startswith("Z")]
-        return sorted(name for name in running if name in {"socat", "ualpn", "uacme", "timeout", "acme-http"})
+        return sorted(name for name in running if name in {"socat", "ualpn", "uacme", "timeout"})
 
     def _enter(self) -> list[str]:
         return ["nsenter", "--target", str(self.site.pid), "--mount", "--net", "--pid", "--"]
@@ -226,10 +226,9 @@ def make_node(site: Site, root: Path) -> Node:
     for path in ("run/anchor", "step", "etc/anchor", "usr/lib/anchor"):
         (root / path).mkdir(parents=True)
     shutil.copy(site.authority.certificate, root / "etc/anchor/ca.pem")
-    for name in ("acme-challenge", "acme-http"):
-        target = root / "usr/lib/anchor" / name
-        shutil.copy(STAGE / f"{name}.sh", target)
-        target.chmod(0o755)
+    target = root / "usr/lib/anchor/acme-challenge"
+    shutil.copy(STAGE / "acme-challenge.sh", target)
+    target.chmod(0o755)
     return Node(site, root)
 
 

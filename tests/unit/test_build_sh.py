@@ -171,7 +171,7 @@ def test_only_missing_packages_are_installed_and_no_daemon_may_start(checkout: C
     assert "installing: zstd nginx" in said
     installs = [line for line in ran(log, "apt-get") if "install" in line]
     assert [line.split("--no-install-recommends ")[1] for line in installs] == ["zstd nginx"]
-    assert log[log.index("#!/bin/sh") + 1] == "exit 101"
+    assert log[log.index("#!/bin/sh") + 1] == "case $1 in none*) exit 0 ;; *) exit 101 ;; esac"
     assert not (checkout.directory / "root/usr/sbin/policy-rc.d").exists()
 
 
@@ -182,10 +182,19 @@ def test_policy_of_the_host_stays(checkout: Checkout) -> None:
     assert policy.read_text(encoding="utf-8") == "theirs"
 
 
+def test_daemons_do_not_start_at_the_next_boot(checkout: Checkout) -> None:
+    checkout.stand_in("systemctl", "[[ $* != *is-active* ]]\n")
+    _, log, _ = checkout.run("demo", MISSING="chrony nginx zstd")
+    assert ran(log, "systemctl --quiet disable") == [
+        f"systemctl --quiet disable {d}.service" for d in ("nginx", "chrony")
+    ]
+
+
 def test_time_service_that_chrony_replaces_goes_on(checkout: Checkout) -> None:
     checkout.stand_in("systemctl")
     _, log, _ = checkout.run("stages", MISSING="chrony")
     assert "case $1 in chrony*) exit 0 ;; *) exit 101 ;; esac" in log
+    assert ran(log, "systemctl --quiet disable") == []
 
 
 def test_failed_installation_stops_and_cleans_up(checkout: Checkout) -> None:

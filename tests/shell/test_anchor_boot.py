@@ -1,0 +1,329 @@
+"""anchor-boot.sh: the order of the steps, what a failure leads to, and what is handed over to the booted root.
+
+Stand-ins for what the steps do lie beside the libraries, where the boot loads them last; each writes down that it ran
+and fails once for each line in a file of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from anchor_build.plan import make_plan
+from anchor_build.registry import load_registry
+from tests.conftest import SITE_STAGES, TOP, LayOut
+from tests.shell.conftest import Shell
+
+LINE = "root=anchor rd.anchor.local-file.directory=/c squashfs_server=https://store/i.squashfs"
+
+STAND_INS = """
+stand_in() {
+    printf '%s\\n' "$*" >>"$ANCHOR_ROOT/calls"
+    [ -s "$ANCHOR_ROOT/fail-$1" ] || return 0
+    sed -i 1d "$ANCHOR_ROOT/fail-$1"
+    anchor_fail "the $1 is broken" "mend the $1"
+}
+anchor_net_run() { stand_in network; }
+anchor_net_hostname() { printf 'node17\\n'; }
+anchor_clock_run() { stand_in clock; }
+anchor_overlay_run() { stand_in overlay "$@"; }
+anchor_boot_shell() {
+    printf 'shell %s\\n' "$1" >>"$ANCHOR_ROOT/calls"
+    [ ! -e "$ANCHOR_ROOT/mended" ] || cat "$ANCHOR_ROOT/mended" >"$ANCHOR_ROOT/proc/cmdline"
+}
+sleep() { printf 'sleep %s\\n' "$1" >>"$ANCHOR_ROOT/calls"; }
+"""
+STAGES = {
+    "auth/20-local-file": """
+anchor_local_file_run() {
+    stand_in auth "$anchor_local_file_directory" || return 1
+    printf 'a certificate\\n' >"$ANCHOR_ROOT/run/anchor/credentials/client.crt"
+    printf 'a key\\n' >"$ANCHOR_ROOT/run/anchor/credentials/client.key"
+    chmod 0666 "$ANCHOR_ROOT"/run/anchor/credentials/*
+    anchor_note subject node17
+    anchor_local_file_directory=changed
+    cd /
+}
+""",
+    "image/10-squashfs": """
+anchor_squashfs_run() { stand_in image "$anchor_squashfs_url" "$(anchor_https_scheme_there && echo with transports)"; }
+anchor_squashfs_mount() { stand_in mount "$@"; }
+anchor_https_scheme_there() { command -v anchor_https_run >/dev/null; }
+""",
+}
+Run = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def node(shell: Shell, lay_out: LayOut) -> Shell:
+    """Make a node whose initramfs holds the core, two auth stages and squashfs."""
+    plan = make_plan(load_registry([SITE_STAGES]), auth=["local-file", "none"], image=["squashfs"])
+    lay_out(plan, shell.root)
+    libraries = shell.root / "usr/lib/anchor"
+    (libraries / "lib" / "zz-stand-ins.sh").write_text(STAND_INS)
+    for stage, text in STAGES.items():
+        (libraries / "stages" / stage / "stage.sh").write_text(text)
+    for directory in ("proc/sys/kernel", "etc"):
+        (shell.root / directory).mkdir(parents=True, exist_ok=True)
+    (shell.root / "proc/cmdline").write_text(f"{LINE}\n")
+    return shell
+
+
+@pytest.fixture
+def run(node: Shell) -> Run:
+    def run(script: str = "anchor_boot_cmdline && anchor_boot_main", line: str = "") -> CompletedProcess[str]:
+        if line:
+            (node.root / "proc/cmdline").write_text(f"{line}\n")
+        return node.run(f'NEWROOT=/newroot; . "$ANCHOR_ROOT/usr/lib/anchor/lib/anchor-boot.sh"; {script}')
+
+    return run
+
+
+def calls(node: Shell) -> list[str]:
+    file = node.root / "calls"
+    return file.read_text().replace(str(node.root), "").splitlines() if file.exists() else []
+
+
+def report(node: Shell) -> dict[str, Any]:
+    found = json.loads((node.root / "run/anchor/boot.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def fail(node: Shell, step: str, times: int = 1) -> None:
+    (node.root / f"fail-{step}").write_text("once\n" * times)
+
+
+STEPS = ["network", "clock", "auth", "image", "mount", "overlay"]
+CALLS = [
+    "network",
+    "clock",
+    "auth /c",
+    "image https://store/i.squashfs with transports",
+    "mount /run/anchor/lower",
+    "overlay /run/anchor/lower /newroot",
+]
+
+
+def test_the_steps_run_in_their_order_and_are_reported(node: Shell, run: Run) -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert calls(node) == CALLS
+    found = report(node)
+    assert (found["result"], found["node"]) == ("ok", "node17")
+    assert re.fullmatch(r"\d\S+", found["anchor"])
+    assert found["kernel"] == Path("/proc/sys/kernel/osrelease").read_text().strip()
+    assert [(step["step"], step["result"]) for step in found["steps"]] == [(step, "ok") for step in STEPS]
+    stages = {step["step"]: step["stage"] for step in found["steps"]}
+    assert stages == {**dict.fromkeys(STEPS, ""), "auth": "local_file", "image": "squashfs", "mount": "squashfs"}
+    assert found["steps"][2]["subject"] == "node17"
+    assert "anchor: auth (local_file): done in 0." in done.stderr
+
+
+def test_credentials_are_for_root_only_and_older_names_lead_to_them(node: Shell, run: Run) -> None:
+    run()
+    credentials = node.root / "run/anchor/credentials"
+    assert credentials.stat().st_mode & 0o777 == 0o700
+    for name in ("client.crt", "client.key"):
+        assert (credentials / name).stat().st_mode & 0o777 == 0o600
+    assert (node.root / "client.cert").readlink() == credentials / "client.crt"
+    assert (node.root / "client.key").readlink() == credentials / "client.key"
+    assert (node.root / "run/anchor/steps").stat().st_mode & 0o777 == 0o700
+    assert (node.root / "run/anchor").stat().st_mode & 0o777 == 0o755
+
+
+def test_dracut_is_asked_for_the_network(node: Shell, run: Run) -> None:
+    assert run("anchor_boot_cmdline").returncode == 0
+    assert (node.root / "etc/cmdline.d/50-anchor.conf").read_text() == "rd.neednet=1\n"
+    assert calls(node) == []
+
+
+@pytest.mark.parametrize("line", ["quiet", "root=/dev/sda1", "root=anchor root=live:x", "root", "root=anchored", "-- root=anchor"])
+def test_another_root_is_none_of_our_business(node: Shell, run: Run, line: str) -> None:
+    done = run('anchor_boot_cmdline; printf "%s " $?; anchor_boot_main; printf "%s " $?; anchor_boot_handoff; printf $?', line)
+    assert (done.stdout, done.stderr) == ("1 0 0", "")
+    assert calls(node) == []
+    assert not (node.root / "etc/cmdline.d").exists()
+    assert not (node.root / "run/anchor/boot.json").exists()
+    assert not (node.root / "run/systemd").exists()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failed_step_says_why_and_is_tried_again_after_the_shell(node: Shell, run: Run, step: str) -> None:
+    fail(node, step)
+    done = run()
+    assert done.returncode == 0
+    made = calls(node)
+    before = CALLS[: STEPS.index(step) + 1]
+    message, pause = made[len(before)], made[len(before) + 1]
+    assert made == [*before, message, pause, *CALLS]
+    assert message.startswith("shell ")
+    assert f"step {step}" in message
+    assert 0 <= int(pause.removeprefix("sleep ")) <= 30
+    assert f"error: the {step} is broken" in done.stderr
+    assert f"why:        the {step} is broken" in done.stderr
+    assert f"what to do: mend the {step}" in done.stderr
+    found = report(node)
+    assert found["result"] == "ok"
+    (failed,) = [s for s in found["steps"] if s["result"] == "failed"]
+    assert (failed["step"], failed["error"], failed["hint"]) == (step, f"the {step} is broken", f"mend the {step}")
+    assert len(found["steps"]) == len(before) + len(STEPS)
+
+
+def test_the_report_tells_of_a_failure_while_the_shell_waits(node: Shell, run: Run) -> None:
+    fail(node, "auth")
+    stand_ins = node.root / "usr/lib/anchor/lib/zz-stand-ins.sh"
+    stand_ins.write_text(STAND_INS.replace("sleep() {", 'sleep() { cp "$ANCHOR_ROOT/run/anchor/boot.json" "$ANCHOR_ROOT/then"; '))
+    run()
+    then = json.loads((node.root / "then").read_text())
+    assert then["result"] == "failed"
+    assert then["steps"][-1]["error"] == "the auth is broken"
+
+
+def test_a_step_that_fails_silently_is_named(node: Shell, run: Run) -> None:
+    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text(
+        'anchor_local_file_run() { [ -e "$ANCHOR_ROOT/tried" ] || { touch "$ANCHOR_ROOT/tried"; return 7; }; }\n'
+    )
+    assert "why:        the auth step failed without saying why" in run().stderr
+
+
+def test_a_stage_that_exits_ends_its_step_only(node: Shell, run: Run) -> None:
+    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text("anchor_local_file_run() { exit 0; }\n")
+    assert run().returncode == 0
+    assert calls(node) == [call for call in CALLS if not call.startswith("auth")]
+
+
+def test_a_step_does_not_read_the_console(node: Shell, run: Run) -> None:
+    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text(
+        'anchor_local_file_run() { read -r line; printf "<%s>" "$line" >"$ANCHOR_ROOT/read"; }\n'
+    )
+    assert run("anchor_boot_cmdline && printf 'typed\\n' | anchor_boot_main").returncode == 0
+    assert (node.root / "read").read_text() == "<>"
+
+
+def test_reboot_after_a_random_pause(node: Shell, run: Run) -> None:
+    fail(node, "network")
+    done = run(line=f"{LINE} rd.anchor.on_failure=reboot rd.anchor.reboot_delay=5")
+    assert (node.root / "proc/sys/kernel/sysrq").read_text() == "1\n"
+    assert (node.root / "proc/sysrq-trigger").read_text() == "b\n"
+    network, pause = calls(node)[:2]
+    assert network == "network"
+    assert 0 <= int(pause.removeprefix("sleep ")) <= 5
+    assert "the network is broken" in done.stderr
+
+
+def test_poweroff_at_once(node: Shell, run: Run) -> None:
+    fail(node, "clock")
+    run(line=f"{LINE} rd.anchor.on_failure=poweroff")
+    assert (node.root / "proc/sysrq-trigger").read_text() == "o\n"
+    assert calls(node)[:3] == ["network", "clock", "sleep 30"]
+
+
+def test_a_kernel_that_ignores_sysrq_leads_to_the_shell(node: Shell, run: Run) -> None:
+    fail(node, "clock")
+    done = run(line=f"{LINE} rd.anchor.on_failure=poweroff")
+    assert "the kernel did not act on sysrq o" in done.stderr
+    assert calls(node)[3].startswith("shell ")
+
+
+def test_wrong_parameters_stop_the_boot_before_its_first_step(node: Shell, run: Run) -> None:
+    (node.root / "mended").write_text(LINE)
+    done = run(line=f"{LINE} rd.anchor.fetch.attempts=0 rd.anchor.nothing=1 acme_server=x")
+    made = calls(node)
+    assert made[0].startswith("shell step parameters failed")
+    assert made[2:] == CALLS
+    assert "error: rd.anchor.fetch.attempts: is not a whole number from 1 to 1000" in done.stderr
+    assert "error: rd.anchor.nothing: is not a parameter of any stage in this initramfs" in done.stderr
+    assert "what to do: correct the kernel command line" in done.stderr
+    assert report(node)["result"] == "ok"
+
+
+def test_wrong_parameters_are_in_the_report(node: Shell, run: Run) -> None:
+    run("anchor_boot_cmdline", line=f"{LINE} rd.anchor.on_failure=poweroff rd.anchor.fetch.attempts=0")
+    found = report(node)
+    assert found["result"] == "failed"
+    assert "rd.anchor.fetch.attempts is not a whole number" in json.dumps(found)
+
+
+def test_wrong_parameters_power_off_where_that_is_asked(node: Shell, run: Run) -> None:
+    (node.root / "mended").write_text(LINE)
+    run(line=f"{LINE} rd.anchor.on_failure=poweroff rd.anchor.nothing=1")
+    assert (node.root / "proc/sysrq-trigger").read_text() == "o\n"
+
+
+def test_hooks_may_run_again(node: Shell, run: Run) -> None:
+    run()
+    before = (node.root / "run/anchor/boot.json").read_text()
+    assert run("anchor_boot_main && anchor_boot_main").returncode == 0
+    assert calls(node) == CALLS
+    assert (node.root / "run/anchor/boot.json").read_text() == before
+
+
+def test_the_hand_off_completes_the_report_in_the_booted_root(node: Shell, run: Run) -> None:
+    run()
+    for _ in range(2):
+        assert run("anchor_boot_handoff").returncode == 0
+    found = report(node)
+    assert found["switch_root_ms"] > 0
+    assert "ready_ms" not in found
+    units = node.root / "run/systemd/system"
+    assert (units / "multi-user.target.wants/anchor-ready.service").resolve() == units / "anchor-ready.service"
+    start = next(line for line in (units / "anchor-ready.service").read_text().splitlines() if line.startswith("ExecStart"))
+    command = re.fullmatch(r'ExecStart=/bin/sh -c "(.*)"', start)
+    assert command is not None
+    # Only what lies below /run is left after switch_root.
+    script = command[1].replace("/run/anchor", f"{node.root}/run/anchor")
+    done = node.run(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = report(node)
+    assert found["ready_ms"] >= found["switch_root_ms"]
+    assert [step["step"] for step in found["steps"]] == STEPS
+
+
+def test_the_cmdline_hook_changes_only_dracuts_variables(node: Shell, run: Run) -> None:
+    hook = (TOP / "dracut-modules/anchor/hook-cmdline.sh").read_text()
+    (node.root / "hook.sh").write_text(hook.replace(". /usr", f". {node.root}/usr"))
+    script = """
+    root=live:x
+    set >"$ANCHOR_ROOT/before"
+    . "$ANCHOR_ROOT/hook.sh"
+    set >"$ANCHOR_ROOT/after"
+    printf '%s %s' "$root" "${rootok:-}"
+    """
+    assert node.run(script).stdout == "anchor 1"
+    names = [
+        {line.partition("=")[0] for line in (node.root / name).read_text().splitlines() if re.match(r"\w+=", line)}
+        for name in ("before", "after")
+    ]
+    assert names[1] - names[0] <= {"rootok", "BASH_LINENO", "PIPESTATUS", "_"}
+    (node.root / "proc/cmdline").write_text("root=live:x\n")
+    assert node.run(script).stdout == "live:x "
+
+
+@pytest.mark.parametrize("hook", ["pre-mount", "cleanup"])
+def test_the_other_hooks_leave_no_variables(node: Shell, run: Run, hook: str) -> None:
+    run("anchor_boot_cmdline")
+    text = (TOP / f"dracut-modules/anchor/hook-{hook}.sh").read_text()
+    (node.root / "hook.sh").write_text(text.replace(". /usr", f". {node.root}/usr"))
+    done = node.run('. "$ANCHOR_ROOT/hook.sh"; printf "%s <%s>" "$?" "${anchor_auth:-}${ANCHOR_LIB:-}"')
+    assert done.stdout == "0 <>"
+
+
+@pytest.mark.parametrize("name", ["local-file", "local_file"])
+def test_a_stage_is_found_by_either_spelling(node: Shell, run: Run, name: str) -> None:
+    assert run(line=f"{LINE} rd.anchor.auth={name}").returncode == 0
+    assert calls(node) == CALLS
+
+
+def test_a_stage_that_has_gone_says_how_to_build_it_in(node: Shell, run: Run) -> None:
+    script = "anchor_boot_load; anchor_boot_source auth/gone-stage; printf '%s' $?"
+    done = run(script)
+    assert done.stdout == "1"
+    assert "the stage auth/gone-stage is not in this initramfs" in done.stderr
+    assert "build it with --auth gone-stage" in done.stderr

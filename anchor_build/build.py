@@ -261,7 +261,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
 
 
 def _warnings(build: InitramfsBuild) -> list[str]:
-    secrets = [s.param.key for s in build.settings if s.param.type == "secret"]
+    secrets = [setting.param.key for setting in build.settings if setting.is_secret]
     found = list(build.warnings)
     if secrets:
         found.append(
@@ -298,7 +298,7 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any]) -> None:
-    secret = any(setting.param.type == "secret" for setting in build.settings)
+    secret = any(setting.is_secret for setting in build.settings)
     partial.chmod(0o600 if secret else 0o644)
     with _beside(build.report_file) as report_partial:
         report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# Bytes; x86 cuts a longer line without a word (COMMAND_LINE_SIZE, with its final NUL).
+COMMAND_LINE_MAX = 2047
+
 RAW_WORD = re.compile(r'(?:[^ \t\n\v\f\r"]+|"[^"]*(?:"|\Z))+')
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from anchor_build.bootwatch import BootInterruptedError, BootResult, Until, Watcher, failure_text, observe
+from anchor_build.cmdline import COMMAND_LINE_MAX
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.events import printable
 from anchor_build.run import start, stop, which
@@ -32,7 +33,6 @@ Accel = Literal["auto", "kvm", "tcg"]
 # Enterprise Linux has one QEMU, outside of PATH.
 PROGRAMS = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 EVENTS_PORT = "ttyS1"
-COMMAND_LINE_MAX = 2047  # bytes; x86 cuts a longer one without a word (COMMAND_LINE_SIZE)
 PROBE_LIMIT_S = 2.0  # where KVM works, the probe takes 0.2 s
 
 

@@ -24,9 +24,29 @@ class Setting:
     value: str
 
     @property
+    def is_secret(self) -> bool:
+        """Whether it must not be readable by everybody."""
+        return holds_secret(self.param, self.value)
+
+    @property
     def shown(self) -> str:
-        """The value for people and reports; a secret is not shown."""
-        return "(secret)" if self.param.type == "secret" else self.value
+        """The value for people and reports."""
+        return shown_value(self.param, self.value)
+
+
+def holds_secret(param: Param, value: str) -> bool:
+    """Whether a value is secret: the type says so, or it is a URL with a user's password."""
+    return param.type == "secret" or (param.type == "url" and "@" in value.partition("://")[2].partition("/")[0])
+
+
+def shown_value(param: Param, value: str) -> str:
+    """Return a value for people and reports, with what is secret in it left out."""
+    if value and param.type == "secret":
+        return "(secret)"
+    if holds_secret(param, value):
+        scheme, separator, rest = value.partition("://")
+        return f"{scheme}{separator}(secret)@{rest.partition('/')[0].rpartition('@')[2]}{''.join(rest.partition('/')[1:])}"
+    return value
 
 
 def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:

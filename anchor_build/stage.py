@@ -96,6 +96,7 @@ class Stage:
     schemes: tuple[str, ...] = ()
     digest_schemes: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     binaries: tuple[Binary, ...] = ()
     files: tuple[StageFile, ...] = ()
     params: tuple[Param, ...] = ()
@@ -247,6 +248,7 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
         schemes=header.texts("schemes", SCHEME),
         digest_schemes=header.texts("digest_schemes", SCHEME),
         conflicts=header.texts("conflicts", NAME),
+        refused=header.texts("refused", ALIAS),
         binaries=tuple(_read_binary(table) for table in header.tables("binaries")),
         files=tuple(_read_file(table) for table in top.tables("file")),
         params=tuple(_read_param(table, kind, name) for table in top.tables("param")),

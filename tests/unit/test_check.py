@@ -1,0 +1,75 @@
+"""`check`: what only the build host says; tests/shell/test_anchor_params.py holds it to the node's answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from anchor_build.check import check_command_line
+from anchor_build.plan import Plan, make_plan, whole_plan
+from anchor_build.registry import load_registry
+
+GOOD = "root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs"
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return whole_plan(load_registry())
+
+
+def test_a_right_line(plan: Plan) -> None:
+    result = check_command_line(plan, f"quiet console=ttyS0 ip=dhcp {GOOD}")
+    assert (result.errors, result.warnings) == ((), ())
+    assert result.chosen == {"auth": "acme", "image": "squashfs"}
+    assert result.values["rd.anchor.acme.server"] == "https://ca.example"
+
+
+@pytest.mark.parametrize("line", ["", "root=/dev/sda1", f"{GOOD} root=live:x", "root"])
+def test_a_line_for_another_root(plan: Plan, line: str) -> None:
+    assert check_command_line(plan, line).errors[0].startswith("root=anchor: is missing")
+
+
+def test_everything_wrong_at_once(plan: Plan) -> None:
+    line = "rd.anchor.acme.sevrer=x rd.anchor.on_failure=panic acme_email=nobody rd.anchor.acme.eab_key=hunter2 overlayfs_size"
+    errors = check_command_line(plan, line).errors
+    assert [error.partition(":")[0] for error in errors] == [
+        "root=anchor",
+        "rd.anchor.acme.sevrer",
+        "rd.anchor.acme.eab_key",
+        "overlayfs_size",
+        "rd.anchor.on_failure",
+        "acme_email",
+        "rd.anchor.squashfs.url",
+    ]
+    assert "hunter2" not in "".join(errors)
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("rd.anchor.acme.sevrer", "rd.anchor.acme.server"),
+        ("rd.anchor.squashfs.sha25", "rd.anchor.squashfs.sha256"),
+        ("rd.anchor.onfailure", "rd.anchor.on_failure"),
+    ],
+)
+def test_a_misspelt_parameter_is_an_error_with_the_nearest_name(plan: Plan, word: str, near: str) -> None:
+    errors = check_command_line(plan, f"{GOOD} {word}=x").errors
+    assert errors == (f"{word}: is not a parameter of these stages; did you mean {near}?",)
+
+
+def test_a_misspelt_older_name_is_a_warning(plan: Plan) -> None:
+    result = check_command_line(plan, f"{GOOD} squashfs_sever=x overlayfs_sizes=1")
+    assert result.errors == ()
+    assert [warning.rpartition(" ")[2] for warning in result.warnings] == ["squashfs_server?", "overlayfs_size?"]
+
+
+def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
+    plan = make_plan(load_registry(), image=["squashfs"])
+    (error,) = check_command_line(plan, "root=anchor squashfs_server=x rd.anchor.acme.server=y").errors
+    assert error.startswith("rd.anchor.acme.server: is not a parameter of these stages")
+
+
+def test_what_to_add_to_a_plain_url(plan: Plan) -> None:
+    (error,) = check_command_line(plan, GOOD.replace("https", "http")).errors
+    assert error == (
+        "rd.anchor.squashfs.url: http:// is not protected: add rd.anchor.squashfs.sha256= or use https://"
+    )

@@ -1,0 +1,101 @@
+"""What a person sees: results on stdout, steps on stderr, colour and rewriting only on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from anchor_build.console import Console, format_table
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Make stderr a terminal that shows colours."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return screen
+
+
+def test_a_step_says_how_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().step("boil water"):
+        pass
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "  done  boil water  0.0 s\n"
+
+
+def test_a_failed_step_is_shown_even_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="cold"), Console(-1).step("boil water"):
+        raise ValueError("cold")
+    assert capsys.readouterr().err == "failed  boil water  0.0 s\n"
+    with Console(-1).step("boil water"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("verbosity", "expected"), [(-1, ""), (0, "info\n"), (1, "info\ndetail\n")])
+def test_verbosity(capsys: pytest.CaptureFixture[str], verbosity: int, expected: str) -> None:
+    console = Console(verbosity)
+    console.info("info")
+    console.detail("detail")
+    assert capsys.readouterr().err == expected
+    console.warn("look")
+    console.error("broken", "mend it")
+    assert capsys.readouterr().err == "warning: look\nerror: broken\nhint: mend it\n"
+
+
+def test_colour_and_a_live_time_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anchor_build.console.TICK_S", 0.01)
+    with Console().step("boil water"):
+        deadline = time.monotonic() + 5
+        while "   ...  boil water  0 s" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    text = terminal.getvalue()
+    assert "   ...  boil water  0 s" in text
+    assert "\x1b[32m" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
+def test_who_wants_no_colour_gets_none(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "dumb")
+    console = Console()
+    if variable == "NO_COLOR":
+        assert console.paint("x", "red") == "x"
+        with console.step("boil water"):
+            pass
+        console.error("broken", "mend it")
+        assert "\x1b[3" not in terminal.getvalue()
+    else:
+        assert not console.live
+
+
+def test_a_table_is_aligned_and_only_numbers_stand_right() -> None:
+    assert format_table(["NAME", "MB"], [["a", 1.5], ["long name", 120.25]]).splitlines() == [
+        "NAME           MB",
+        "---------  ------",
+        "a            1.50",
+        "long name  120.25",
+    ]
+    assert format_table(["A", "B"], []) == "A  B\n-  -"
+
+
+def test_json_goes_to_stdout_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"umläut": "\udcff", "list": ["\x1b[2J"]}
+    Console(-1).json(value)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == value
+    assert "\x1b" not in captured.out
+    assert captured.err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +20,10 @@ from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, render_plan
-from anchor_build.run import run, which
+from anchor_build.run import run
 from anchor_build.settings import Setting
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -62,7 +64,7 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
     installed = dracut.find_dracut()
     _check_host(build, installed)
     modules = render_plan(build.plan)
-    with _work_directory(build.work) as work, _beside(build.output) as partial:
+    with _disk_errors(), _work_directory(build.work) as work, _beside(build.output) as partial:
         with step("render the stages"):
             site = _site_files(build)
             request = _prepare(build, installed, modules, site, work, partial)
@@ -79,13 +81,14 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     problems = []
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if which(binary.name) is None:
-                problems.append(
-                    f"{stage.id}: {binary.name} is missing: install {binary.deb} (deb) or {binary.rpm} (rpm)"
-                )
+            path, wrong = dracut.find_program(binary.name)
+            if path is None:
+                remedy = f"install {binary.deb} (deb) or {binary.rpm} (rpm)"
+                problems.append(f"{stage.id}: {binary.name} {wrong}: {remedy}")
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
-                problems.append(f"{stage.id}: this dracut has no module {module}: install dracut-network")
+                deb, rpm = dracut.module_packages(module)
+                problems.append(f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm)")
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
     wanted += [("--add-drivers", driver) for driver in build.drivers]
@@ -97,8 +100,8 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
         problems.append(f"--output {build.output}: {directory} is not a directory")
     elif not os.access(directory, os.W_OK):
         problems.append(f"--output {build.output}: {directory} may not be written")
-    if build.output.is_dir():
-        problems.append(f"--output {build.output}: is a directory")
+    if build.output.exists() and not build.output.is_file():
+        problems.append(f"--output {build.output}: is there and not a plain file")
     if problems:
         raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks")
 
@@ -116,7 +119,7 @@ def build_time(build: InitramfsBuild) -> int:
         return int(given)
     inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
-    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := which(b.name))]
+    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name)[0])]
     newest = max(int(path.stat().st_mtime) for path in inputs)
     return min(max(newest, _newest_certificate(build.ca)), int(time.time()))
 
@@ -165,8 +168,8 @@ def _prepare(
     for name, content in site.items():
         (etc / name).write_bytes(content)
         (etc / name).chmod(readback.site_mode(name))
-    config.write_text(dracut.configuration(), encoding="utf-8")
-    (work / "dracut.conf.d").mkdir()
+    config.write_text(dracut.configuration(build.kernel.modules, work / "tmp"), encoding="utf-8")
+    (work / dracut.CONFIG_PARTS).mkdir()
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
@@ -175,7 +178,6 @@ def _prepare(
         compress=build.compress or dracut.choose_compression(build.kernel),
         base=base,
         config=config,
-        work=work / "tmp",
         output=output,
     )
 
@@ -184,7 +186,8 @@ def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(work / "etc")}
     log = work / "dracut.log"
     try:
-        run(dracut.arguments(installed, request), env=env, log=log)
+        # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
+        run(dracut.arguments(installed, request), env=env, cwd=work, log=log, umask=0o022)
     except ProcessError as error:
         raise ProcessError(error.argv, error.status, error.tail, _dracut_hint(error.tail)) from None
     finally:
@@ -254,7 +257,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
         inputs[module.name] = digest.hexdigest()
     for stage in build.plan.all:
         for binary in stage.binaries:
-            path = which(binary.name)
+            path, _ = dracut.find_program(binary.name)
             if path is not None:
                 inputs[f"program {binary.name}"] = readback.sha256(path.read_bytes())
     return inputs
@@ -271,8 +274,20 @@ def _warnings(build: InitramfsBuild) -> list[str]:
 
 
 @contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn what a disk or its permissions refuse into a failure that a user can mend; other errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        raise AnchorError(f"{what}{error.strerror}", _dracut_hint(str(error))) from None
+
+
+@contextmanager
 def _work_directory(parent: Path | None) -> Iterator[Path]:
-    cache = parent or cache_directory()
+    cache = (parent or cache_directory()).absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anchor_build import paramtypes
-from anchor_build.cmdline import Word, split
+from anchor_build.cmdline import COMMAND_LINE_MAX, Word, split
 from anchor_build.plan import Plan
 from anchor_build.settings import Setting, unknown_parameter
 from anchor_build.stage import PREFIX, Param, Stage
-
-BAKED = "baked in"
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> 
     state = _Check(plan)
     for setting in baked:
         state.given[setting.param.key] = Given(setting.param.key, setting.value, baked=True)
+    if len(line.encode(errors="surrogateescape")) > COMMAND_LINE_MAX:
+        state.errors.append(f"the line is longer than {COMMAND_LINE_MAX} bytes: x86 kernels cut off the rest")
     words = split(line)
     roots = [word.value for word in words if word.name == "root"]
     if not roots or roots[-1] != "anchor":
@@ -63,12 +63,16 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> 
         if stage is not None:
             state.chosen[kind] = stage.name
             _require(state, stage)
+    _warn_of_unused(state)
     return CheckResult(tuple(state.errors), tuple(state.warnings), state.chosen, state.values)
 
 
 def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
     param = spellings.get(word.name)
-    if param is None:
+    if word.name in state.plan.core.refused:
+        if word.value not in (None, "", "0"):
+            state.errors.append(f"{word.name}: chooses a stage that this initramfs does not hold")
+    elif param is None:
         if word.name.startswith(PREFIX):
             state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
         else:
@@ -129,6 +133,17 @@ def _require(state: _Check, stage: Stage) -> None:
             _check_source(state, stage, param, value)
 
 
+def _warn_of_unused(state: _Check) -> None:
+    """Warn of parameters of a stage that the node will not choose: most often its required one is misspelt."""
+    for stage in state.plan.stages:
+        if state.chosen.get(stage.kind, stage.name) == stage.name:
+            continue
+        for param in stage.params:
+            if param.key in state.given and not state.given[param.key].baked:
+                chosen = state.chosen[stage.kind]
+                state.warnings.append(f"{param.key}: has no effect, because the {stage.kind} stage will be {chosen}")
+
+
 def _was_wrong(state: _Check, param: Param) -> bool:
     """Whether a value was given and refused, which has been said already."""
     given = state.given.get(param.key)
@@ -144,3 +159,5 @@ def _check_source(state: _Check, stage: Stage, param: Param, url: str) -> None:
     elif scheme in transport.digest_schemes and not (digest and state.values[digest.key]):
         remedy = f"add {digest.key}= or use https://" if digest else "use https://"
         state.errors.append(f"{param.key}: {scheme}:// is not protected: {remedy}")
+    elif digest and not state.values[digest.key]:
+        state.warnings.append(f"{param.key}: only TLS vouches for what comes from there; {digest.key}= would too")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -82,8 +84,12 @@ def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
 
 
 def main(args: list[str] | None = None, **kwargs: Any) -> None:
-    """Run the command line: exit 0 when done, 1 on an expected failure, 2 on wrong usage, 130 on Ctrl-C."""
+    """Run the command line: exit 0 when done, 1 on an expected failure, 2 on wrong usage, 130 when interrupted."""
     console = Console()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # A pipeline that gives up sends these: then, too, nothing may be left behind.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         cli.main(args=args, prog_name="anchor-build", standalone_mode=False, **kwargs)
     except click.exceptions.Exit as exit_:

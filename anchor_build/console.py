@@ -79,8 +79,8 @@ class Console:
         click.echo(format_table(headers, rows))
 
     def json(self, value: Any) -> None:
-        """Print a result for machines on stdout."""
-        click.echo(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False))
+        """Print a result for machines on stdout: ASCII, so that bytes that are not UTF-8 survive (PEP 383)."""
+        click.echo(json.dumps(value, indent=2))
 
     def paint(self, text: str, colour: str) -> str:
         """Colour `text` where stderr is a terminal and NO_COLOR (no-color.org) is not set."""

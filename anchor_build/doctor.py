@@ -39,7 +39,7 @@ def examine(plan: Plan) -> list[Finding]:
     """Look at everything that building this plan here needs."""
     findings = [_dracut()]
     findings += [_program("build tool", binary) for binary in TOOLS]
-    findings += [_program(stage.id, binary) for stage in plan.all for binary in stage.binaries]
+    findings += [_copied_program(stage.id, binary) for stage in plan.all for binary in stage.binaries]
     findings += [_dracut_module(name, stage.id) for stage in plan.all for name in stage.dracut if name[-1] != "?"]
     findings += [
         _systemd_networkd(),
@@ -67,6 +67,11 @@ def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
     return Finding(f"{owner}: {binary.name}", path is not None, detail, needed, binary.rpm, binary.deb)
 
 
+def _copied_program(owner: str, binary: Binary) -> Finding:
+    path, wrong = dracut.find_program(binary.name)
+    return Finding(f"{owner}: {binary.name}", path is not None, str(path or wrong), True, binary.rpm, binary.deb)
+
+
 def _dracut() -> Finding:
     try:
         found = dracut.find_dracut()
@@ -81,9 +86,8 @@ def _dracut_module(name: str, owner: str) -> Finding:
         there = dracut.find_dracut().has_module(name)
     except AnchorError:
         there = False
-    package = "dracut-network" if name == "network" else "dracut"
-    deb = "dracut-network" if name == "network" else "dracut-core"
-    return Finding(label, there, "installed" if there else "not found", True, package, deb)
+    deb, rpm = dracut.module_packages(name)
+    return Finding(label, there, "installed" if there else "not found", True, rpm, deb)
 
 
 def _systemd_networkd() -> Finding:

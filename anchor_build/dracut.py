@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +17,11 @@ from anchor_build.render import RenderedModule, write_modules
 from anchor_build.run import run, which
 
 BASE = Path("/usr/lib/dracut")
+CONFIG_PARTS = "dracut.conf.d"
+# dracut.sh sets its PATH to this (DRACUT_PATH): what lies in /usr/local is not found.
+PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
-SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd", "systemd-networkd")
+SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
 NETWORKD = Path("usr/lib/systemd/systemd-networkd")
 
 
@@ -33,6 +39,13 @@ class Dracut:
         return any((self.base / "modules.d").glob(f"[0-9][0-9]{name}"))
 
 
+def module_packages(name: str) -> tuple[str, str]:
+    """Return the deb and the rpm package that hold a module of dracut."""
+    if name in ("network", "kernel-network-modules", "network-legacy", "network-manager"):
+        return "dracut-network", "dracut-network"
+    return "dracut-core", "dracut"
+
+
 @dataclass(frozen=True)
 class Request:
     """One call of dracut; every path in it exists but `output`."""
@@ -43,8 +56,16 @@ class Request:
     compress: str
     base: Path
     config: Path
-    work: Path
     output: Path
+
+
+def find_program(name: str) -> tuple[Path | None, str]:
+    """Find a program where dracut looks for it, which is not the caller's PATH; else say what is wrong."""
+    found = shutil.which(name, path=PROGRAM_PATH)
+    if found is not None:
+        return Path(found), ""
+    elsewhere = which(name)
+    return None, f"is in {elsewhere}, where dracut does not look" if elsewhere else "is missing"
 
 
 def find_dracut() -> Dracut:
@@ -61,9 +82,9 @@ def find_dracut() -> Dracut:
 
 
 def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:
-    """Return the dracut modules to name: ours, the host's kind of sh, and systemd with networkd where installed.
+    """Return the dracut modules to name: ours, the host's kind of sh, and systemd where it is installed.
 
-    networkd starts seconds before the other network modules do; where it is missing, dracut's own choice stands.
+    The core's own module says which network module it needs.
     """
     ours = tuple(stage.module for stage in plan.all)
     if Path("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
@@ -90,7 +111,10 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
     tree.mkdir(parents=True)
     for path in sorted(dracut.base.iterdir()):
         if path.name not in ("modules.d", "dracut.conf.d"):
-            (directory / path.name).symlink_to(path)
+            link = directory / path.name
+            link.symlink_to(path)
+            # --reproducible gives newer files the time of dracut-functions.sh: that of the link itself (touch -h).
+            os.utime(link, ns=(path.stat().st_mtime_ns,) * 2, follow_symlinks=False)
     (directory / "dracut.conf.d").mkdir()
     ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
     for path in sorted((dracut.base / "modules.d").iterdir()):
@@ -100,8 +124,11 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
     write_modules(tuple(modules), tree)
 
 
-def configuration() -> str:
-    """Return the text of the configuration that replaces the host's, so that builds do not depend on it."""
+def configuration(modules: Path, work: Path) -> str:
+    """Return the text of the configuration that replaces the host's, so that builds do not depend on it.
+
+    Paths of this host stand here, because dracut keeps its arguments in the initramfs (build-parameter.txt).
+    """
     return "\n".join(
         [
             "# Log to standard error only; the host's own configuration is not read.",
@@ -109,13 +136,18 @@ def configuration() -> str:
             "fileloglvl=0",
             "kmsgloglvl=0",
             "show_modules=no",
+            f"drivers_dir={shlex.quote(str(modules))}",
+            f"tmpdir={shlex.quote(str(work))}",
             "",
         ]
     )
 
 
 def arguments(dracut: Dracut, request: Request) -> list[str]:
-    """Return the argument vector: generic, reproducible, and only the modules that are named."""
+    """Return the argument vector: generic, reproducible, and only the modules that are named.
+
+    It is for the directory of `request.config`: no path of this host is in it but the output's.
+    """
     argv = [
         str(dracut.program),
         "--force",
@@ -125,13 +157,9 @@ def arguments(dracut: Dracut, request: Request) -> list[str]:
         "--no-early-microcode",
         "--nofscks",
         "--conf",
-        str(request.config),
+        f"./{request.config.name}",
         "--confdir",
-        str(request.config.parent / "dracut.conf.d"),
-        "--tmpdir",
-        str(request.work),
-        "--kmoddir",
-        str(request.kernel.modules),
+        f"./{CONFIG_PARTS}",
         "--kver",
         request.kernel.release,
         "--compress",

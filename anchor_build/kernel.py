@@ -86,9 +86,10 @@ def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
     else:
         release = _newest_release()
     if not RELEASE.fullmatch(release):
+        option = "--kernel" if modules is None else f"--modules {modules}"
+        there = ", ".join(installed_releases()) or "none"
         raise AnchorError(
-            f"{release!r} is not a kernel release",
-            "--modules names a directory such as …/lib/modules/6.1.0-18-amd64",
+            f"{option}: {release!r} is not a kernel release such as 6.1.0-18-amd64", f"kernels of this host: {there}"
         )
     return Kernel(release, _find_modules(release, image, modules), image)
 

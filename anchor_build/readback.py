@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from anchor_build.cpio import Initramfs, Member
+from anchor_build.dracut import find_program as find_program_of_host
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, installed_files
-from anchor_build.run import run, which
+from anchor_build.run import run
 from anchor_build.stage import Stage
 
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "bin", "sbin")
@@ -138,7 +139,7 @@ def _claims(initramfs: Initramfs, stage: Stage, depends: Mapping[str, tuple[str,
 
 def _libraries(stage: Stage) -> list[str]:
     """Return the shared libraries of a stage's programs, from ldd of the host's copies."""
-    programs = [str(path) for binary in stage.binaries if (path := which(binary.name))]
+    programs = [str(path) for binary in stage.binaries if (path := find_program_of_host(binary.name)[0])]
     if not programs:
         return []
     text = run(["ldd", *programs], check=False).stdout

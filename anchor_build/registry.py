@@ -15,9 +15,47 @@ ENTRY_POINT_GROUP = "anchor_build.stages"
 CORE = "anchor"
 # The second word of the core's shell functions and variables: a stage of such a name would replace them.
 CORE_WORDS = frozenset(
-    "auth boot chosen clock cmdline event events fail fetch image info json keep lib net network note on overlay "
-    "param params printable ready reason reboot recall report root run say stage stages step transport type types "
-    "uptime value warn".split()
+    [
+        "auth",
+        "boot",
+        "chosen",
+        "clock",
+        "cmdline",
+        "event",
+        "events",
+        "fail",
+        "fetch",
+        "image",
+        "info",
+        "json",
+        "keep",
+        "lib",
+        "net",
+        "network",
+        "note",
+        "on",
+        "overlay",
+        "param",
+        "params",
+        "printable",
+        "ready",
+        "reason",
+        "reboot",
+        "recall",
+        "report",
+        "root",
+        "run",
+        "say",
+        "stage",
+        "stages",
+        "step",
+        "transport",
+        "type",
+        "types",
+        "uptime",
+        "value",
+        "warn",
+    ]
 )
 
 
@@ -76,9 +114,7 @@ def load_registry(stage_dirs: Sequence[Path] = ()) -> Registry:
     if problems:
         raise InvalidFilesError(problems, "doc/stages.md describes what a stage's directory holds")
     core = next(stage for stage in found if stage.is_core)
-    ordered = sorted(
-        (stage for stage in found if not stage.is_core), key=lambda s: (KINDS.index(s.kind), *s.rank)
-    )
+    ordered = sorted((stage for stage in found if not stage.is_core), key=lambda s: (KINDS.index(s.kind), *s.rank))
     return Registry(core, tuple(ordered))
 
 

@@ -30,15 +30,20 @@ class Completed:
 
 def which(program: str) -> Path | None:
     """Find `program` on the caller's PATH, then in the system's own directories."""
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
+    found = shutil.which(program, path=_search_path())
     return Path(found) if found else None
+
+
+def _search_path() -> str:
+    # An empty PATH must not come to mean the current directory.
+    return f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}".lstrip(":")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a child: ours, with a locale that keeps messages and sorting stable."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("LC_") and key != "LANGUAGE"}
     env["LC_ALL"] = "C.UTF-8"
-    env["PATH"] = f"{env.get('PATH', '')}:{SYSTEM_PATH}".lstrip(":")
+    env["PATH"] = _search_path()
     env.update(extra or {})
     return env
 
@@ -54,6 +59,7 @@ def run(
     check: bool = True,
     timeout: float | None = None,
     hint: str = "",
+    umask: int = -1,
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
@@ -61,11 +67,13 @@ def run(
     standard output goes to that open file and is not returned. The child has its own process group, which is ended
     when `timeout` (seconds) passes or the caller is interrupted.
 
+    A `umask` replaces the caller's.
+
     Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
     missing or the time is up.
     """
     words = [str(word) for word in argv]
-    child = start(words, env=env, cwd=cwd, log=log, stdout=stdout, stdin_pipe=input_text is not None)
+    child = start(words, env=env, cwd=cwd, log=log, stdout=stdout, stdin_pipe=input_text is not None, umask=umask)
     try:
         out, err = child.communicate(input_text, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -90,6 +98,7 @@ def start(
     log: Path | None = None,
     stdout: IO[bytes] | None = None,
     stdin_pipe: bool = False,
+    umask: int = -1,
 ) -> subprocess.Popen[str]:
     """Start a program in a process group of its own; the caller waits for it or ends it with `stop`.
 
@@ -108,6 +117,7 @@ def start(
             text=True,
             errors="replace",
             start_new_session=True,
+            umask=umask,
         )
     except FileNotFoundError:
         raise AnchorError(

@@ -45,7 +45,9 @@ def shown_value(param: Param, value: str) -> str:
         return "(secret)"
     if holds_secret(param, value):
         scheme, separator, rest = value.partition("://")
-        return f"{scheme}{separator}(secret)@{rest.partition('/')[0].rpartition('@')[2]}{''.join(rest.partition('/')[1:])}"
+        return (
+            f"{scheme}{separator}(secret)@{rest.partition('/')[0].rpartition('@')[2]}{''.join(rest.partition('/')[1:])}"
+        )
     return value
 
 

@@ -373,8 +373,11 @@ def _check_files(stage: Stage, problems: list[str]) -> None:
     functions = [f"anchor_{stage.word}_run"] + ([f"anchor_{stage.word}_mount"] if stage.kind == "image" else [])
     try:
         text = stage.script.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{stage.script}: cannot be read: {error}")
+    except OSError as error:
+        problems.append(f"{stage.script}: cannot be read: {error.strerror}")
+        return
+    except UnicodeDecodeError:
+        problems.append(f"{stage.script}: is not UTF-8 text")
         return
     for function in functions:
         if not re.search(rf"^{function}\(\)", text, re.MULTILINE):

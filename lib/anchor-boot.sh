@@ -48,7 +48,8 @@ anchor_boot_cmdline() {
         anchor_boot_failed parameters '' "$anchor_params_error" \
             "correct the kernel command line; \`anchor-build check\` explains it before a node sees it"
     done
-    # dracut's network modules bring nothing up unless somebody asks.
+    # systemd-networkd comes up by itself; dracut's other network modules bring nothing up unless somebody asks.
+    [ ! -e "${ANCHOR_ROOT:-}/etc/systemd/network/zz-anchor.network" ] || return 0
     mkdir -p "${ANCHOR_ROOT:-}/etc/cmdline.d" &&
         printf 'rd.neednet=1\n' >"${ANCHOR_ROOT:-}/etc/cmdline.d/50-anchor.conf"
 }
@@ -68,9 +69,12 @@ anchor_boot_start() {
 # Runs the steps until the new root is ready. Never returns without it: rd.anchor.on_failure decides what follows a
 # failure, and leaving the emergency shell tries again.
 anchor_boot_main() {
-    anchor_boot_load && anchor_boot_wanted || return 0
+    # The cmdline hook begins the report, and only of a boot that is ours.
     anchor_recall "$ANCHOR_RUN/steps/result"
-    [ "$anchor_recall" != ok ] || return 0
+    case $anchor_recall in
+        '' | ok) return 0 ;;
+    esac
+    anchor_boot_load || return 1
     anchor_params_parse || return 1
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
@@ -85,6 +89,7 @@ anchor_boot_main() {
         anchor_recall "$anchor_step_last/hint"
         anchor_boot_failed "$@" "$anchor_recall"
     done
+    anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
     anchor_boot_write
 }
@@ -215,21 +220,27 @@ anchor_boot_shell() {
     )
 }
 
-# usage: anchor_boot_handoff
-# The last thing before switch_root. Leaves a unit below /run that notes when the booted system is ready, so that
-# boot.json covers the whole boot whatever the image holds.
-anchor_boot_handoff() {
+# usage: anchor_boot_leave_unit
+# Leaves a unit below /run that notes when the booted system is ready, so that boot.json covers the whole boot whatever
+# the image holds.
+anchor_boot_leave_unit() {
     local units="${ANCHOR_ROOT:-}/run/systemd/system"
-    anchor_boot_load && anchor_boot_wanted || return 0
-    anchor_params_parse || return 0
+    anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}"
+    mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" &&
+        cp "$ANCHOR_LIB/anchor-report.sh" "$ANCHOR_LIB/anchor-ready.sh" "$ANCHOR_RUN/lib/" &&
+        cp "${ANCHOR_ROOT:-}/usr/lib/anchor/anchor-ready.service" "$units/" &&
+        ln -sfn ../anchor-ready.service "$units/multi-user.target.wants/anchor-ready.service"
+}
+
+# usage: anchor_boot_handoff
+# The last thing before switch_root, so it does no more than say when that was.
+anchor_boot_handoff() {
+    anchor_recall "$ANCHOR_RUN/steps/result"
+    [ "$anchor_recall" = ok ] || return 0
+    anchor_recall "$ANCHOR_RUN/steps/events"
+    anchor_events=$anchor_recall
     anchor_uptime_ms
     anchor_boot_set switch_root_ms "$anchor_uptime_ms"
     anchor_boot_write
     anchor_event "{\"event\":\"switch_root\",\"at_ms\":$anchor_uptime_ms}"
-    mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" || return 0
-    cat "$ANCHOR_LIB/anchor-report.sh" >"$ANCHOR_RUN/lib/anchor-report.sh"
-    cat "$ANCHOR_LIB/anchor-ready.sh" >"$ANCHOR_RUN/lib/anchor-ready.sh"
-    cat "${ANCHOR_ROOT:-}/usr/lib/anchor/anchor-ready.service" >"$units/anchor-ready.service"
-    ln -sfn ../anchor-ready.service "$units/multi-user.target.wants/anchor-ready.service"
-    anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}"
 }

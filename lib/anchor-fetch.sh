@@ -228,7 +228,7 @@ anchor_fetch__feed() {
             at=$said
         fi
         [ -e "$work/end" ] || {
-            sleep 0.2 &
+            sleep 0.5 &
             wait "$!" || kill "$!" 2>/dev/null
         }
     done

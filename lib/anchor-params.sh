@@ -23,7 +23,10 @@ anchor_params_load() {
 # Reads, checks and chooses. Status 1 when anything is wrong; then everything wrong has been said and
 # anchor_params_error sums it up.
 anchor_params_parse() {
-    local stage
+    local stage traced=''
+    # rd.debug traces every command with its values, and baked-in secrets are among them.
+    case $- in *x*) traced=1 ;; esac
+    { set +x; } 2>/dev/null
     anchor_params_bad=0
     anchor_params_error=
     for stage in $anchor_stages; do
@@ -35,6 +38,7 @@ anchor_params_parse() {
     done
     anchor_params_choose auth "${anchor_auth:-}" && anchor_auth=$anchor_chosen
     anchor_params_choose image "${anchor_image:-}" && anchor_image=$anchor_chosen
+    [ -z "$traced" ] || set -x
     [ "$anchor_params_bad" -eq 0 ]
 }
 

@@ -39,12 +39,16 @@ def command(
     """  # noqa: D301
     from anchor_build.check import check_command_line
     from anchor_build.plan import make_plan, whole_plan
-    from anchor_build.settings import read_settings
+    from anchor_build.settings import read_settings, shown_value
 
     registry = registry_of(stage_dir)
     named = auth or transport or image
     plan = make_plan(registry, auth=auth, transport=transport, image=image) if named else whole_plan(registry)
-    line = sys.stdin.read().rstrip("\n") if cmdline == ("-",) else " ".join(cmdline)
+    # A command line is bytes: what is not UTF-8 becomes surrogates, as in arguments (PEP 383).
+    if cmdline == ("-",):
+        cmdline = (sys.stdin.buffer.read().decode("utf-8", "surrogateescape").rstrip("\n"),)
+    line = " ".join(cmdline)
+    keys = {param.key: param for _, param in plan.params}
     result = check_command_line(plan, line, read_settings(plan, settings))
     if as_json:
         console.json(
@@ -53,7 +57,7 @@ def command(
                 "errors": list(result.errors),
                 "warnings": list(result.warnings),
                 "chosen": dict(result.chosen),
-                "values": {key: value for key, value in result.values.items() if value},
+                "values": {key: shown_value(keys[key], value) for key, value in result.values.items() if value},
             }
         )
     else:
@@ -62,7 +66,7 @@ def command(
         for error in result.errors:
             console.error(printable(error))
         if not result.errors:
-            shown = [[key, value] for key, value in sorted(result.values.items()) if value]
+            shown = [[key, shown_value(keys[key], value)] for key, value in sorted(result.values.items()) if value]
             console.table(["PARAMETER", "VALUE"], [[k, printable(v)] for k, v in shown])
             console.info(", ".join(f"{kind}: {name}" for kind, name in result.chosen.items()))
     if result.errors:

@@ -1,10 +1,22 @@
+# Prints the module that configures the network. systemd-networkd needs nothing else of dracut and has an address
+# seconds before the others; ip=, vlan= and bond= are read by systemd's own generator.
+network_module() {
+    if [[ -x ${dracutsysrootdir-}$systemdutildir/systemd-networkd && -x ${dracutsysrootdir-}$systemdutildir/systemd-network-generator ]] &&
+        compgen -G "$dracutbasedir/modules.d/[0-9][0-9]systemd-networkd" >/dev/null; then
+        printf 'systemd-networkd\n'
+    else
+        printf 'network\n'
+    fi
+}
+
 install_core() {
     inst_hook cmdline 20 "$moddir/hook-cmdline.sh"
     inst_hook pre-mount 50 "$moddir/hook-pre-mount.sh"
     inst_hook cleanup 90 "$moddir/hook-cleanup.sh"
     install_site
     install_network
-    dracut_need_initqueue
+    # ualpn gives up root for nobody; dracut knows that user, but not its group.
+    grep -E '^(nobody|nogroup):' "${dracutsysrootdir-}/etc/group" >>"$initdir/etc/group"
 }
 
 # What belongs to the site: its CA, its defaults, when this was built. ANCHOR_ETC is where anchor-build prepared it;
@@ -33,7 +45,10 @@ install_site() {
 install_network() {
     # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
     inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
-    dracut_module_included systemd-networkd || return 0
+    if ! dracut_module_included systemd-networkd; then
+        dracut_need_initqueue
+        return
+    fi
     inst_simple "$moddir/anchor.network" /etc/systemd/network/zz-anchor.network || exit 1
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1

@@ -67,11 +67,24 @@ anchor_acme__uacme_says() {
             anchor_acme__code=${anchor_acme__code%%[!0-9]*}
             ;;
         "fetching "* | "creating new "* | "retrieving "* | "starting "* | "polling "* | "finalizing "*)
+            case $anchor_acme__doing/$1 in
+                "starting challenge/polling challenge"*) anchor_acme__pause 0.3 ;;
+                "finalizing order/polling order"*) anchor_acme__pause 0.1 ;;
+            esac
             anchor_acme__doing=${1%% at http*}
             ;;
         "acme_"* | "running "* | "hook "* | *" following error:" | "failed to authorize order"*) ;;
         *) anchor_acme__last=${1%% at http*} ;;
     esac
+}
+
+# usage: anchor_acme__pause SECONDS
+# Stops uacme for a moment before it first asks whether the server has done its part: an answer that comes too early
+# is "not yet", and then uacme sleeps 5 s before it asks again. Most servers that stand near their nodes need less.
+anchor_acme__pause() {
+    kill -STOP "-$client" 2>/dev/null || return 0
+    sleep "$1"
+    kill -CONT "-$client" 2>/dev/null
 }
 
 # usage: anchor_acme__final WHAT HINT

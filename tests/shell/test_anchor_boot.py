@@ -150,9 +150,13 @@ def test_dracut_is_asked_for_the_network(node: Shell, run: Run) -> None:
     assert calls(node) == []
 
 
-@pytest.mark.parametrize("line", ["quiet", "root=/dev/sda1", "root=anchor root=live:x", "root", "root=anchored", "-- root=anchor"])
+@pytest.mark.parametrize(
+    "line", ["quiet", "root=/dev/sda1", "root=anchor root=live:x", "root", "root=anchored", "-- root=anchor"]
+)
 def test_another_root_is_none_of_our_business(node: Shell, run: Run, line: str) -> None:
-    done = run('anchor_boot_cmdline; printf "%s " $?; anchor_boot_main; printf "%s " $?; anchor_boot_handoff; printf $?', line)
+    done = run(
+        'anchor_boot_cmdline; printf "%s " $?; anchor_boot_main; printf "%s " $?; anchor_boot_handoff; printf $?', line
+    )
     assert (done.stdout, done.stderr) == ("1 0 0", "")
     assert calls(node) == []
     assert not (node.root / "etc/cmdline.d").exists()
@@ -199,7 +203,9 @@ def test_a_step_that_fails_silently_is_named(node: Shell, run: Run) -> None:
 
 
 def test_a_stage_that_exits_ends_its_step_only(node: Shell, run: Run) -> None:
-    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text("anchor_local_file_run() { exit 0; }\n")
+    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text(
+        "anchor_local_file_run() { exit 0; }\n"
+    )
     assert run().returncode == 0
     assert calls(node) == [call for call in CALLS if not call.startswith("auth")]
 
@@ -282,7 +288,9 @@ def test_the_hand_off_completes_the_report_in_the_booted_root(node: Shell, run: 
     assert "ready_ms" not in found
     units = node.root / "run/systemd/system"
     assert (units / "multi-user.target.wants/anchor-ready.service").resolve() == units / "anchor-ready.service"
-    start = next(line for line in (units / "anchor-ready.service").read_text().splitlines() if line.startswith("ExecStart"))
+    start = next(
+        line for line in (units / "anchor-ready.service").read_text().splitlines() if line.startswith("ExecStart")
+    )
     command = re.fullmatch(r'ExecStart=/bin/sh -c "(.*)"', start)
     assert command is not None
     # Only what lies below /run is left after switch_root.

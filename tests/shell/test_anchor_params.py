@@ -63,10 +63,24 @@ WRONG = {
     "nfs-export": ["server:/x", "nfs:/x"],
     "secret": [""],
 }
-HOSTILE = ["$(reboot)", "`reboot`", "; reboot;", "a;b", "'", "\\", "*", "a|b&c>d", "${PATH}", "é\udcff", "-n", "%s%n", "!!"]
+HOSTILE = [
+    "$(reboot)",
+    "`reboot`",
+    "; reboot;",
+    "a;b",
+    "'",
+    "\\",
+    "*",
+    "a|b&c>d",
+    "${PATH}",
+    "é\udcff",
+    "-n",
+    "%s%n",
+    "!!",
+]
 LEGACY = (
-    "root=anchor acme_server=acme.example/directory acme_email=ops@example.org squashfs_server=https://store/i.squashfs "
-    "squashfs_curl=1 overlayfs_write=/etc,/var overlayfs_size=50%"
+    "root=anchor acme_server=acme.example/directory acme_email=ops@example.org "
+    "squashfs_server=https://store/i.squashfs squashfs_curl=1 overlayfs_write=/etc,/var overlayfs_size=50%"
 )
 EXTRA = [
     "",
@@ -285,7 +299,7 @@ def test_each_parameter_is_refused_for_each_wrong_value(plan: Plan) -> None:
 
 def test_defaults_are_baked_in_and_the_command_line_overrides_them(shell: Shell, plan: Plan, lay_out: LayOut) -> None:
     values = {
-        "rd.anchor.local-file.pin": "it's a \"secret\" $(reboot)",
+        "rd.anchor.local-file.pin": 'it\'s a "secret" $(reboot)',
         "rd.anchor.local-file.note": "two  words=more",
         "rd.anchor.fetch.attempts": "007",
         "rd.anchor.on_failure": "reboot",

@@ -1,4 +1,4 @@
-"""anchor-report.sh: whatever is reported, boot.json is JSON, the console is not driven, and records survive subshells."""
+"""anchor-report.sh: whatever is reported, boot.json is JSON, nothing drives the console, and subshells lose nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_what_is_no_number_does_not_break_the_report(shell: Shell, number: str) 
     assert step["after"] == 7
 
 
-@pytest.mark.parametrize(("number", "value"), [("0", 0), ("-5", -5), ("007", 7), ("-010", -10), ("123456789012", 123456789012)])
+@pytest.mark.parametrize(
+    ("number", "value"), [("0", 0), ("-5", -5), ("007", 7), ("-010", -10), ("123456789012", 123456789012)]
+)
 def test_numbers_are_numbers(shell: Shell, number: str, value: int) -> None:
     script = 'anchor_step_begin clock; anchor_note_number n "$1"; anchor_step_end ok'
     assert shell.run(LOAD + script, number).returncode == 0
@@ -211,7 +213,7 @@ def test_the_report_is_whole_at_every_moment(shell: Shell) -> None:
 
 @contextmanager
 def terminal() -> Iterator[tuple[str, list[bytes]]]:
-    """A pseudo terminal: its name below /dev, and what was written to it, complete after the block."""
+    """Give a pseudo terminal: its name below /dev, and what was written to it, complete after the block."""
     reader, writer = pty.openpty()
     tty.setraw(writer)
     received: list[bytes] = []

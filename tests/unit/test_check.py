@@ -8,7 +8,8 @@ from anchor_build.check import check_command_line
 from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import load_registry
 
-GOOD = "root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs"
+TRUSTED = f"rd.anchor.squashfs.sha256={'0' * 64}"
+GOOD = f"root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs {TRUSTED}"
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,14 @@ def test_a_line_for_another_root(plan: Plan, line: str) -> None:
 
 
 def test_everything_wrong_at_once(plan: Plan) -> None:
-    line = "rd.anchor.acme.sevrer=x rd.anchor.on_failure=panic acme_email=nobody rd.anchor.acme.eab_key=hunter2 overlayfs_size"
+    line = "rd.anchor.acme.sevrer=x rd.anchor.on_failure=panic acme_email=nobody overlayfs_size "
+    line += "rd.anchor.acme.eab_key=hunter2"
     errors = check_command_line(plan, line).errors
     assert [error.partition(":")[0] for error in errors] == [
         "root=anchor",
         "rd.anchor.acme.sevrer",
-        "rd.anchor.acme.eab_key",
         "overlayfs_size",
+        "rd.anchor.acme.eab_key",
         "rd.anchor.on_failure",
         "acme_email",
         "rd.anchor.squashfs.url",
@@ -69,7 +71,5 @@ def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
 
 
 def test_what_to_add_to_a_plain_url(plan: Plan) -> None:
-    (error,) = check_command_line(plan, GOOD.replace("https", "http")).errors
-    assert error == (
-        "rd.anchor.squashfs.url: http:// is not protected: add rd.anchor.squashfs.sha256= or use https://"
-    )
+    (error,) = check_command_line(plan, GOOD.replace("https", "http").replace(TRUSTED, "")).errors
+    assert error == ("rd.anchor.squashfs.url: http:// is not protected: add rd.anchor.squashfs.sha256= or use https://")

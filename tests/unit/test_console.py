@@ -16,12 +16,12 @@ class Terminal(io.StringIO):
     """Says that it is a terminal."""
 
     def isatty(self) -> bool:
+        """Say so."""
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Make stderr a terminal that shows colours."""
+def make_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Make stderr a terminal that shows colours. No fixture, because pytest puts its own back."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
@@ -57,7 +57,8 @@ def test_verbosity(capsys: pytest.CaptureFixture[str], verbosity: int, expected:
     assert capsys.readouterr().err == "warning: look\nerror: broken\nhint: mend it\n"
 
 
-def test_colour_and_a_live_time_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_and_a_live_time_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
     monkeypatch.setattr("anchor_build.console.TICK_S", 0.01)
     with Console().step("boil water"):
         deadline = time.monotonic() + 5
@@ -69,7 +70,8 @@ def test_colour_and_a_live_time_on_a_terminal(terminal: Terminal, monkeypatch: p
 
 
 @pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
-def test_who_wants_no_colour_gets_none(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_who_wants_no_colour_gets_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    terminal = make_terminal(monkeypatch)
     monkeypatch.setenv(variable, "dumb")
     console = Console()
     if variable == "NO_COLOR":

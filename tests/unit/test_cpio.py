@@ -41,7 +41,7 @@ def compress(data: bytes, kind: str) -> bytes:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree of files whose sizes need every padding, and links of every sort."""
+    """Make a tree of files whose sizes need every padding, and links of every sort."""
     top = tmp_path / "tree"
     (top / "usr" / "bin").mkdir(parents=True)
     (top / "bin").symlink_to("usr/bin")

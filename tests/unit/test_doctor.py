@@ -15,7 +15,7 @@ from tests.conftest import WriteStage
 
 @pytest.fixture
 def plan(write_stage: WriteStage) -> Plan:
-    """A plan with a program that nobody has."""
+    """Make a plan with a program that nobody has."""
     needs = 'binaries = [{ name = "no-such-program", rpm = "rpm-name", deb = "deb-name" }]\ndracut = ["no-such-module"]'
     return make_plan(load_registry([write_stage(header=needs)]), auth=["demo"], image=["squashfs"])
 
@@ -32,7 +32,7 @@ def find(findings: list[Finding], what: str) -> Finding:
 def test_a_program_that_is_missing(plan: Plan) -> None:
     findings = examine(plan)
     missing = find(findings, "auth-demo: no-such-program")
-    assert (missing.ok, missing.needed, missing.detail) == (False, True, "not found")
+    assert (missing.ok, missing.needed, missing.detail) == (False, True, "is missing")
     assert "deb-name" in packages(findings, "deb")
     assert "rpm-name" in packages(findings, "rpm")
     assert "deb-name" not in packages(findings, "rpm")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,8 @@ def test_the_private_base_holds_the_installed_one_and_our_modules(base: Path, tm
     assert (target / "modules.d" / "99base").readlink() == base / "modules.d" / "99base"
     assert not (target / "modules.d" / "50anchor").is_symlink()
     assert (target / "dracut-functions.sh").readlink() == base / "dracut-functions.sh"
+    original = base / "dracut-functions.sh"
+    assert (target / original.name).lstat().st_mtime_ns == original.stat().st_mtime_ns
     # The distribution's configuration would decide about the result.
     assert list((target / "dracut.conf.d").iterdir()) == []
 
@@ -117,19 +121,30 @@ def test_dash_is_named_where_it_is_the_hosts_sh(
 
 def request(tmp_path: Path, drivers: tuple[str, ...] = ()) -> Request:
     kernel = Kernel("6.1.0-18-amd64", tmp_path / "modules")
-    return Request(kernel, ("a", "b c"), drivers, "zstd -3", tmp_path, tmp_path / "dracut.conf", tmp_path, Path("o u"))
+    return Request(kernel, ("a", "b c"), drivers, "zstd -3", tmp_path, tmp_path / "dracut.conf", Path("o u"))
 
 
 def test_the_arguments_are_words_that_no_shell_splits(base: Path, tmp_path: Path) -> None:
     argv = dracut.arguments(dracut.find_dracut(), request(tmp_path, ("mlx5_core", "ice")))
     assert argv[0].endswith("/dracut")
     assert argv[-1] == "o u"
-    options = dict(zip(argv, argv[1:], strict=False))
+    options = dict(pairwise(argv))
     assert options["--modules"] == "a b c"
     assert options["--add-drivers"] == "mlx5_core ice"
     assert options["--compress"] == "zstd -3"
     assert options["--kver"] == "6.1.0-18-amd64"
     assert {"--no-hostonly", "--no-hostonly-cmdline", "--reproducible", "--no-early-microcode"} <= set(argv)
+
+
+def test_no_path_of_this_host_is_in_the_arguments(base: Path, tmp_path: Path) -> None:
+    # dracut keeps them in the initramfs; what it needs to know stands in its configuration.
+    argv = dracut.arguments(dracut.find_dracut(), request(tmp_path))
+    assert not [word for word in argv[1:] if "/" in word and not word.startswith("./")]
+    text = dracut.configuration(tmp_path / "lib's $(x)", tmp_path / "tmp")
+    lines = subprocess.run(
+        ["sh", "-c", f'{text}\nprintf "%s\\n" "$drivers_dir" "$tmpdir"'], capture_output=True, text=True, check=True
+    )
+    assert lines.stdout.splitlines() == [f"{tmp_path}/lib's $(x)", f"{tmp_path}/tmp"]
 
 
 def test_no_drivers_no_option(base: Path, tmp_path: Path) -> None:

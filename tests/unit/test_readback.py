@@ -33,7 +33,7 @@ def modules(plan: Plan) -> tuple[RenderedModule, ...]:
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Kernel:
-    """A kernel whose overlay and loop are built in."""
+    """Make a kernel whose overlay and loop are built in."""
     (tmp_path / "modules.dep").write_text(DEP, encoding="utf-8")
     (tmp_path / "modules.builtin").write_text("kernel/fs/overlay.ko\nkernel/drivers/loop.ko\n", encoding="utf-8")
     return Kernel("6.1.0", tmp_path)

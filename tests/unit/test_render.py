@@ -101,7 +101,7 @@ def test_a_module_joins_an_initramfs_only_when_asked(site_module: RenderedModule
 
 
 def test_a_file_that_cannot_be_installed_stops_dracut(site_module: RenderedModule) -> None:
-    fakes = 'moddir=/x; inst_multiple() { :; }; inst_simple() { [[ $1 != */notice.txt ]]; }\n'
+    fakes = "moddir=/x; inst_multiple() { :; }; inst_simple() { [[ $1 != */notice.txt ]]; }\n"
     assert setup_values(site_module, f'{fakes} (install); echo "$?"') == ["1"]
     fakes = "moddir=/x; inst_simple() { :; }; inst_multiple() { return 1; }\n"
     assert setup_values(site_module, f'{fakes} (install); echo "$?"') == ["1"]

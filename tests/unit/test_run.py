@@ -44,6 +44,17 @@ def test_the_environment_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [line for line in lines if line.startswith(("LC_MESSAGES=", "LANGUAGE="))]
 
 
+def test_the_umask_of_a_child(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        run(["touch", "mine"], cwd=tmp_path)
+        run(["touch", "ours"], cwd=tmp_path, umask=0o022)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o644
+
+
 def test_standard_input_is_closed_unless_given() -> None:
     assert run(["cat"], timeout=10).stdout == ""
     assert run(["cat"], input_text="typed").stdout == "typed"
@@ -93,7 +104,7 @@ def test_a_program_that_is_missing_or_may_not_run(tmp_path: Path) -> None:
 def test_a_time_limit_ends_the_whole_group(tmp_path: Path) -> None:
     script = f"sleep 100 & echo $! >{tmp_path}/pid; wait"
     started = time.monotonic()
-    with pytest.raises(AnchorError, match="did not finish within 0.5 s"):
+    with pytest.raises(AnchorError, match=r"did not finish within 0\.5 s"):
         run(["sh", "-c", script], timeout=0.5)
     assert time.monotonic() - started < 4
     assert wait_until_gone(int((tmp_path / "pid").read_text()))

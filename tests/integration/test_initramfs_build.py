@@ -1,0 +1,528 @@
+"""`anchor-build initramfs` with the host's dracut: what is inside, that it is always the same, and every way to fail.
+
+One built initramfs is shared; what fails, fails before dracut or in the middle of it, and leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.plan import make_plan
+from anchor_build.readback import find_program
+from anchor_build.registry import load_registry
+from anchor_build.render import installed_files, render_plan
+from contrib.site.image import CACHE, SiteImage, build_image, login_key
+from tests.conftest import SITE_STAGES, TOP
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("dracut") is None, reason="dracut is missing"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: private mounts, and files that only root may read"),
+]
+
+SECRET = 'it\'s a "secret" $(reboot)'
+OLD = b"what was there before"
+BUILD_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished anchor-build."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A place to build in: an output with something already in it, and a cache of its own."""
+
+    image: SiteImage
+    top: Path
+
+    @property
+    def output(self) -> Path:
+        """Where the initramfs goes."""
+        return self.top / "out" / "node.img"
+
+    @property
+    def cache(self) -> Path:
+        """What XDG_CACHE_HOME names."""
+        return self.top / "cache"
+
+    def argv(self, *words: str | Path) -> list[str]:
+        """Return a build's arguments: a small plan, the demo's kernel, and `words`."""
+        kernel = ["--kernel", str(self.image.kernel), "--modules", str(self.image.modules)]
+        plan = [] if "--image" in words else ["--image", "squashfs"]
+        own = ["initramfs", *plan, *([] if "--kernel" in words else kernel), "-o", str(self.output)]
+        return [sys.executable, "-m", "anchor_build", *own, *map(str, words)]
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        """Return a build's environment; `extra` may change it."""
+        return {**os.environ, "PYTHONPATH": str(TOP), "XDG_CACHE_HOME": str(self.cache), **extra}
+
+    def run(self, *words: str | Path, prefix: Sequence[str] = (), cwd: Path | None = None, **extra: str) -> Ended:
+        """Build, under `prefix` if there is one."""
+        done = subprocess.run(
+            [*prefix, *self.argv(*words)],
+            env=self.environment(**extra),
+            cwd=cwd or self.top,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_LIMIT_S,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def check_untouched(self) -> None:
+        """Check that a failed build left the old output, no report, nothing beside them, and nothing in the cache."""
+        assert self.output.read_bytes() == OLD
+        assert [path.name for path in self.output.parent.iterdir()] == ["node.img"]
+        cache = self.cache / "anchor-build"
+        assert not cache.is_dir() or list(cache.iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def image() -> SiteImage:
+    """Return the demo's kernel and its modules."""
+    return build_image(CACHE, authorized_key=login_key(CACHE).with_suffix(".pub").read_text(encoding="utf-8"))
+
+
+def make_bench(image: SiteImage, top: Path) -> Bench:
+    bench = Bench(image, top)
+    bench.output.parent.mkdir(parents=True)
+    bench.output.write_bytes(OLD)
+    return bench
+
+
+@pytest.fixture
+def bench(image: SiteImage, tmp_path: Path) -> Bench:
+    return make_bench(image, tmp_path)
+
+
+def snapshot() -> dict[str, tuple[int, int, int]]:
+    """Return what lies where a build must not write: size, mode and time of change of each file."""
+    found = {}
+    for top in ("/usr/lib/dracut", "/etc", "/var/lib", "/var/tmp", "/run", "/boot", "/lib/modules"):
+        for directory, _, names in os.walk(top):
+            for name in names:
+                try:
+                    facts = os.lstat(os.path.join(directory, name))
+                except FileNotFoundError:
+                    continue
+                found[os.path.join(directory, name)] = (facts.st_size, facts.st_mode, facts.st_mtime_ns)
+    return found
+
+
+@dataclass(frozen=True)
+class Built:
+    """The shared initramfs, how its build ended, and what it changed outside its output and cache."""
+
+    bench: Bench
+    ended: Ended
+    report: dict[str, Any]
+    initramfs: Initramfs
+    strange: list[str]
+
+
+# The site's own stage, a secret, a setting, another driver, and a CA of the site's own.
+def words_of(directory: Path, ca: Path) -> list[str]:
+    pin = directory / "pin"
+    pin.write_text(f"{SECRET}\n", encoding="utf-8")
+    return [
+        *("--stage-dir", str(SITE_STAGES), "--auth", "local-file", "--image", "squashfs", "--ca", str(ca)),
+        *("--set", f"rd.anchor.local-file.pin=@{pin}", "--set", "rd.anchor.fetch.attempts=3"),
+        *("--add-drivers", "virtio-balloon, dummy"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def built(image: SiteImage, site_ca: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Build once what most tests look at."""
+    bench = make_bench(image, tmp_path_factory.mktemp("built"))
+    before, temporary = snapshot(), set(os.listdir("/tmp"))
+    ended = bench.run("--json", *words_of(bench.top, site_ca), prefix=("sh", "-c", 'umask 077; exec "$@"', "sh"))
+    assert ended.status == 0, ended.err
+    after = snapshot()
+    strange = [path for path in after if before.get(path) != after[path]]
+    strange += [name for name in set(os.listdir("/tmp")) - temporary if name.startswith(("dracut", "anchor", "build"))]
+    return Built(bench, ended, json.loads(ended.out), read_initramfs(bench.output), strange)
+
+
+def content(built: Built, path: str) -> bytes:
+    member = built.initramfs.resolve(path)
+    assert member is not None, path
+    return member.content
+
+
+def test_everything_that_the_stages_promise_is_inside(built: Built) -> None:
+    plan = make_plan(load_registry([SITE_STAGES]), auth=["local-file"], image=["squashfs"])
+    for stage, module in zip(plan.all, render_plan(plan), strict=True):
+        for source, target, mode in installed_files(stage):
+            member = built.initramfs.resolve(target)
+            assert member is not None, target
+            assert member.content == module.files[source].content, target
+            assert member.mode & 0o7777 == mode, target
+        for binary in stage.binaries:
+            assert find_program(built.initramfs, binary.name) is not None, binary.name
+    assert {"overlay", "loop", "squashfs", "virtio_net", "virtio_balloon", "dummy"} <= set(built.report["drivers"])
+    assert "no_such_driver" not in built.report["drivers"]
+
+
+def test_the_sites_own_files_are_inside(built: Built, site_ca: Path) -> None:
+    for path in ("etc/anchor/ca.pem", "ca.pem", "etc/ssl/certs/ca-certificates.crt", "etc/pki/tls/certs/ca-bundle.crt"):
+        assert content(built, path) == site_ca.read_bytes()
+    params = built.initramfs.resolve("etc/anchor/params")
+    assert params is not None
+    assert params.mode & 0o7777 == 0o600
+    assert params.content.decode() == f"rd.anchor.fetch.attempts=3\nrd.anchor.local-file.pin={SECRET}\n"
+    assert int(content(built, "etc/anchor/build-time")) == built.report["build_time"] <= time.time()
+
+
+def test_hooks_and_network_are_inside(built: Built) -> None:
+    for hook in ("cmdline/20-hook-cmdline.sh", "pre-mount/50-hook-pre-mount.sh", "cleanup/90-hook-cleanup.sh"):
+        member = built.initramfs.resolve(f"usr/lib/dracut/hooks/{hook}")
+        assert member is not None
+        assert member.mode & 0o111
+    assert b"DHCP=yes" in content(built, "etc/systemd/network/zz-anchor.network")
+    assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
+
+
+def test_modes_do_not_depend_on_the_umask(built: Built) -> None:
+    # The build ran with umask 077: a daemon of another user must get to its files all the same.
+    members = built.initramfs.members
+    for path in ("", "etc", "etc/anchor", "usr", "usr/lib", "usr/lib/anchor", "usr/lib/anchor/stages/auth"):
+        if path in members:
+            assert members[path].mode & 0o055 == 0o055, path
+    for path in ("etc/passwd", "etc/anchor/ca.pem", "etc/anchor/build-time", "usr/lib/anchor/lib/anchor-boot.sh"):
+        assert members[path].mode & 0o777 == 0o644, path
+    assert all(m.mode & 0o022 == 0 or m.is_link or stat.S_ISVTX & m.mode for m in members.values() if m.is_file)
+
+
+def test_the_report_is_complete(built: Built) -> None:
+    report = built.report
+    data = built.bench.output.read_bytes()
+    assert report == json.loads((built.bench.output.parent / "node.img.json").read_text(encoding="utf-8"))
+    assert (report["file"], report["bytes"], report["sha256"]) == (
+        *("node.img", len(data)),
+        hashlib.sha256(data).hexdigest(),
+    )
+    assert report["kernel"] == built.bench.image.release
+    assert report["stages"] == ["anchor", "auth-local-file", "transport-https", "image-squashfs"]
+    assert report["settings"] == {"rd.anchor.fetch.attempts": "3", "rd.anchor.local-file.pin": "(secret)"}
+    assert report["uncompressed_bytes"] == sum(report["bytes_by_stage"].values())
+    assert {"anchor", "auth-local-file", "base system"} <= set(report["bytes_by_stage"])
+    assert len(report["largest_files"]) == 10
+    assert all(len(digest) == 64 for digest in report["inputs"].values())
+    assert {"ca", "kernel", "modules.dep", "50anchor", "51anchor-auth-local-file", "program curl"} <= set(
+        report["inputs"]
+    )
+
+
+def test_a_secret_is_in_the_image_only(built: Built) -> None:
+    assert stat.S_IMODE(built.bench.output.stat().st_mode) == 0o600
+    assert "holds secrets (rd.anchor.local-file.pin)" in built.ended.err
+    report = (built.bench.output.parent / "node.img.json").read_text(encoding="utf-8")
+    for text in (built.ended.out, built.ended.err, report):
+        assert "secret\\" not in text
+        assert SECRET not in text
+        assert str(built.bench.top) not in report
+
+
+def test_nothing_is_written_outside_the_output_and_the_cache(built: Built) -> None:
+    assert built.strange == []
+    assert sorted(path.name for path in built.bench.output.parent.iterdir()) == ["node.img", "node.img.json"]
+    assert list((built.bench.cache / "anchor-build").iterdir()) == []
+
+
+def test_the_same_inputs_give_the_same_bytes(built: Built, site_ca: Path, bench: Bench) -> None:
+    """From another directory, another cache, with another umask, locale, time zone and name, and another time."""
+    elsewhere = bench.top / "another directory"
+    elsewhere.mkdir()
+    ended = bench.run(
+        *words_of(elsewhere, site_ca),
+        prefix=("sh", "-c", 'umask 002; exec "$@"', "sh"),
+        cwd=elsewhere,
+        LANG="de_DE.UTF-8",
+        TZ="Pacific/Auckland",
+        COLUMNS="40",
+    )
+    assert ended.status == 0, ended.err
+    assert hashlib.sha256(bench.output.read_bytes()).hexdigest() == built.report["sha256"]
+    report = json.loads((bench.output.parent / "node.img.json").read_text(encoding="utf-8"))
+    assert report == built.report
+
+
+def test_the_output_is_for_everybody_without_secrets_and_a_stale_installed_module_does_not_win(
+    bench: Bench, installed_package: Path
+) -> None:
+    """Built from a package with an entry point, with a dracut that has an older copy of our modules installed."""
+    farm = bench.top / "dracut"
+    farm.mkdir()
+    for path in Path("/usr/lib/dracut").iterdir():
+        if path.name != "modules.d":
+            (farm / path.name).symlink_to(path)
+    (farm / "modules.d").mkdir()
+    for path in Path("/usr/lib/dracut/modules.d").iterdir():
+        (farm / "modules.d" / path.name).symlink_to(path)
+    for stale in ("50anchor", "99anchor-image-squashfs"):
+        (farm / "modules.d" / stale).mkdir()
+        setup = farm / "modules.d" / stale / "module-setup.sh"
+        setup.write_text("check() { return 0; }\ninstall() { derror STALE; exit 1; }\n", encoding="utf-8")
+        setup.chmod(0o755)
+    patch = f"from pathlib import Path; from anchor_build import cli, dracut; dracut.BASE = Path({str(farm)!r}); "
+    words = bench.argv("--auth", "local-file", "--compress", "gzip -1")[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{patch}cli.main({words!r})"],
+        env=bench.environment(PYTHONPATH=f"{TOP}:{installed_package}"),
+        capture_output=True,
+        text=True,
+        timeout=BUILD_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: no --ca: nodes trust every public CA that this host trusts" in done.stderr
+    assert stat.S_IMODE(bench.output.stat().st_mode) == 0o644
+    initramfs = read_initramfs(bench.output)
+    assert initramfs.compression == "gzip"
+    assert initramfs.resolve("usr/lib/anchor/stages/auth/20-local-file/stage.sh") is not None
+    assert "etc/anchor/params" not in initramfs.members
+    sizes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("anchor ", "auth-local-file "))]
+    assert len(sizes) == 2
+
+
+def own_stage(bench: Bench, header: str) -> list[str]:
+    """Write a stage with a need of its own; return the arguments that build it in."""
+    directory = bench.top / "auth-own"
+    directory.mkdir()
+    declaration = f'[stage]\nkind = "auth"\nname = "own"\napi = 1\nsummary = "Of one site."\n{header}\n'
+    (directory / "stage.toml").write_text(declaration, encoding="utf-8")
+    (directory / "stage.sh").write_text("#!/bin/sh\nanchor_own_run() {\n    :\n}\n", encoding="utf-8")
+    return ["--stage-dir", str(directory), "--auth", "own"]
+
+
+REFUSED = {
+    "program": ('binaries = [{ name = "no-such-program", rpm = "rpm-name", deb = "deb-name" }]', []),
+    "module": ('dracut = ["no-such-module"]', []),
+    "driver": ('drivers = ["no_such_driver"]', []),
+    "added driver": ("", ["--add-drivers", "no-such-driver"]),
+    "kernel": ("", ["--kernel", "9.9.9-none"]),
+    "CA": ("", ["--ca", "/no/such/ca.pem"]),
+    "setting": ("", ["--set", "rd.anchor.fetch.atempts=1"]),
+}
+REASONS = {
+    "program": "auth-own: no-such-program is missing: install deb-name (deb) or rpm-name (rpm)",
+    "module": "auth-own: this dracut has no module no-such-module",
+    "driver": "has no driver no_such_driver",
+    "added driver": "--add-drivers: kernel {release} has no driver no-such-driver",
+    "kernel": "kernel 9.9.9-none: no modules (modules.dep) in /lib/modules/9.9.9-none",
+    "CA": "--ca /no/such/ca.pem: cannot be read: No such file or directory",
+    "setting": "did you mean rd.anchor.fetch.attempts?",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_missing_is_said_before_dracut_runs(bench: Bench, what: str) -> None:
+    header, words = REFUSED[what]
+    ended = bench.run(*own_stage(bench, header), *words)
+    assert ended.status == (2 if what == "setting" else 1)
+    assert ended.out == ""
+    assert REASONS[what].format(release=bench.image.release) in ended.err
+    assert "run dracut" not in ended.err
+    assert "Traceback" not in ended.err
+    bench.check_untouched()
+
+
+def test_everything_that_is_missing_is_said_at_once(bench: Bench) -> None:
+    header = 'binaries = [{ name = "no-such-program", rpm = "r", deb = "d" }]\ndrivers = ["no_such_driver"]'
+    ended = bench.run(*own_stage(bench, header), "--add-drivers", "none1,none2")
+    for word in ("no-such-program", "no_such_driver", "none1", "none2"):
+        assert word in ended.err
+    bench.check_untouched()
+
+
+def test_a_ca_with_a_private_key_is_refused(bench: Bench, site_ca: Path) -> None:
+    both = bench.top / "both.pem"
+    both.write_bytes(site_ca.read_bytes() + site_ca.with_suffix(".key").read_bytes())
+    ended = bench.run("--ca", both)
+    assert (ended.status, ended.out) == (1, "")
+    assert "holds a private key" in ended.err
+    bench.check_untouched()
+
+
+def test_an_output_that_is_no_plain_file_is_left_alone(bench: Bench) -> None:
+    fifo = bench.top / "fifo"
+    os.mkfifo(fifo)
+    ended = bench.run("-o", fifo)
+    assert ended.status == 1
+    assert "is there and not a plain file" in ended.err
+    assert fifo.is_fifo()
+    assert "/no/such/directory is not a directory" in bench.run("-o", "/no/such/directory/x").err
+
+
+BREAKS = """
+[[file]]
+source = "breaks.txt"
+target = "/usr/share/breaks.txt"
+"""
+
+
+def breaking_stage(bench: Bench, install: str) -> list[str]:
+    """Build with a dracut module that does `install` in the middle of dracut's run; it comes in as a need of a stage."""
+    words = own_stage(bench, 'dracut = ["breaks"]')
+    farm = bench.top / "dracut"
+    farm.mkdir()
+    for path in Path("/usr/lib/dracut").iterdir():
+        if path.name != "modules.d":
+            (farm / path.name).symlink_to(path)
+    (farm / "modules.d").mkdir()
+    for path in Path("/usr/lib/dracut/modules.d").iterdir():
+        (farm / "modules.d" / path.name).symlink_to(path)
+    (farm / "modules.d" / "98breaks").mkdir()
+    setup = farm / "modules.d" / "98breaks" / "module-setup.sh"
+    setup.write_text(f"check() {{ return 255; }}\ninstall() {{\n{install}\n}}\n", encoding="utf-8")
+    setup.chmod(0o755)
+    patch = f"from pathlib import Path; from anchor_build import cli, dracut; dracut.BASE = Path({str(farm)!r}); "
+    return [sys.executable, "-c", f"{patch}cli.main({bench.argv(*words)[3:]!r})"]
+
+
+def test_dracut_failing_half_way_leaves_everything_as_it_was(bench: Bench) -> None:
+    argv = breaking_stage(bench, "derror 'the disk is on fire'; exit 1")
+    done = subprocess.run(argv, env=bench.environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "failed  run dracut" in done.stderr
+    assert "the disk is on fire" in done.stderr
+    assert "command: /usr/bin/dracut --force" in done.stderr
+    assert "Traceback" not in done.stderr
+    bench.check_untouched()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_build_leaves_nothing_behind(bench: Bench, number: signal.Signals) -> None:
+    mark = bench.top / "in-the-middle"
+    argv = breaking_stage(bench, f"sleep 300 & echo $! >{shlex.quote(str(mark))}; wait")
+    with subprocess.Popen(
+        argv, env=bench.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        deadline = time.monotonic() + 60
+        while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        sleeper = int(mark.read_text())
+        child.send_signal(number)
+        out, err = child.communicate(timeout=30)
+    assert (child.returncode, out) == (130, "")
+    assert "error: interrupted" in err
+    assert "Traceback" not in err
+    assert not Path(f"/proc/{sleeper}").exists()
+    bench.check_untouched()
+
+
+def in_small(bench: Bench, directory: Path, size: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a build in a mount namespace of its own, in which `directory` has `size` of room; then show what is left."""
+    script = (
+        f"mount -t tmpfs -o size={size} none {shlex.quote(str(directory))} || exit 99\n"
+        f"[ {shlex.quote(str(directory))} != {shlex.quote(str(bench.output.parent))} ] ||"
+        f" printf '%s' {shlex.quote(OLD.decode())} >{shlex.quote(str(bench.output))}\n"
+        '"$@"; status=$?\n'
+        f"find {shlex.quote(str(directory))} -type f; cat {shlex.quote(str(bench.output))}; exit $status"
+    )
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command],
+        env=bench.environment(),
+        capture_output=True,
+        text=True,
+        timeout=BUILD_LIMIT_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("place", "size"), [("output", "2m"), ("cache", "1m"), ("cache", "12m")])
+def test_a_full_disk(bench: Bench, place: str, size: str) -> None:
+    directory = bench.output.parent if place == "output" else bench.cache
+    directory.mkdir(exist_ok=True)
+    done = in_small(bench, directory, size, bench.argv())
+    assert done.returncode == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "hint: make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [str(bench.output)] if place == "output" else []
+    assert done.stdout.splitlines() == [*left, OLD.decode()]
+    bench.check_untouched()
+
+
+def test_a_build_as_another_user(bench: Bench, image: SiteImage) -> None:
+    """Either it works, or it says what only root may read; in both cases it writes where it should only."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is missing")
+    # The user may read the checkout, the interpreter and the kernel only where their parents let everybody through.
+    home = Path("/var/tmp") / f"anchor-{os.getpid()}"
+    home.mkdir(mode=0o755)
+    try:
+        for source, target in ((TOP / "anchor_build", "anchor_build"), (TOP / "lib", "lib")):
+            shutil.copytree(source, home / target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(TOP / "dracut-modules", home / "dracut-modules")
+        shutil.copytree(image.modules, home / "lib" / "modules" / image.release, symlinks=True)
+        for name in ("out", "cache", "tmp"):
+            (home / name).mkdir()
+            os.chown(home / name, 65534, 65534)
+        packages = home / "packages"
+        packages.mkdir()
+        for name in ("click", "jinja2", "markupsafe"):
+            module = __import__(name)
+            assert module.__file__ is not None
+            shutil.copytree(Path(module.__file__).parent, packages / name)
+        python = shutil.which("python3", path="/usr/bin")
+        if python is None:
+            pytest.skip("there is no Python that another user may run")
+        output = home / "out" / "node.img"
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-m", "anchor_build", "initramfs"]
+            + ["--image", "squashfs", "--modules", str(home / "lib" / "modules" / image.release), "-o", str(output)],
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": "/nonexistent",
+                "PYTHONPATH": f"{home}:{packages}",
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "TMPDIR": str(home / "tmp"),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_LIMIT_S,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        if done.returncode == 0:
+            assert read_initramfs(output).resolve("usr/lib/anchor/lib/anchor-boot.sh") is not None
+        else:
+            assert "run it as root" in done.stderr
+            assert list((home / "out").iterdir()) == []
+        assert list((home / "cache" / "anchor-build").iterdir()) == []
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.fixture(autouse=True)
+def no_mounts_left() -> Iterator[None]:
+    """Check that no test leaves a mount in this namespace."""
+    before = Path("/proc/self/mounts").read_text(encoding="utf-8")
+    yield
+    assert Path("/proc/self/mounts").read_text(encoding="utf-8") == before

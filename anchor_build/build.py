@@ -81,10 +81,11 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     problems = []
     for stage in build.plan.all:
         for binary in stage.binaries:
-            path, wrong = dracut.find_program(binary.name)
-            if path is None:
-                remedy = f"install {binary.deb} (deb) or {binary.rpm} (rpm)"
-                problems.append(f"{stage.id}: {binary.name} {wrong}: {remedy}")
+            if dracut.find_program(binary.name) is None:
+                problems.append(
+                    f"{stage.id}: {binary.name} is missing: install {binary.deb} (deb) or {binary.rpm} (rpm)"
+                    + dracut.misplaced_program(binary.name)
+                )
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
                 deb, rpm = dracut.module_packages(module)
@@ -119,7 +120,7 @@ def build_time(build: InitramfsBuild) -> int:
         return int(given)
     inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
-    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name)[0])]
+    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name))]
     newest = max(int(path.stat().st_mtime) for path in inputs)
     return min(max(newest, _newest_certificate(build.ca)), int(time.time()))
 
@@ -257,7 +258,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
         inputs[module.name] = digest.hexdigest()
     for stage in build.plan.all:
         for binary in stage.binaries:
-            path, _ = dracut.find_program(binary.name)
+            path = dracut.find_program(binary.name)
             if path is not None:
                 inputs[f"program {binary.name}"] = readback.sha256(path.read_bytes())
     return inputs

@@ -68,8 +68,9 @@ def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
 
 
 def _copied_program(owner: str, binary: Binary) -> Finding:
-    path, wrong = dracut.find_program(binary.name)
-    return Finding(f"{owner}: {binary.name}", path is not None, str(path or wrong), True, binary.rpm, binary.deb)
+    path = dracut.find_program(binary.name)
+    detail = str(path) if path else f"not found{dracut.misplaced_program(binary.name)}"
+    return Finding(f"{owner}: {binary.name}", path is not None, detail, True, binary.rpm, binary.deb)
 
 
 def _dracut() -> Finding:

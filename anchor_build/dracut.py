@@ -59,13 +59,16 @@ class Request:
     output: Path
 
 
-def find_program(name: str) -> tuple[Path | None, str]:
-    """Find a program where dracut looks for it, which is not the caller's PATH; else say what is wrong."""
+def find_program(name: str) -> Path | None:
+    """Find a program where dracut looks for it, which is not the caller's PATH."""
     found = shutil.which(name, path=PROGRAM_PATH)
-    if found is not None:
-        return Path(found), ""
+    return Path(found) if found else None
+
+
+def misplaced_program(name: str) -> str:
+    """Return a remark on a program that is there, but not where dracut looks; nothing when there is none."""
     elsewhere = which(name)
-    return None, f"is in {elsewhere}, where dracut does not look" if elsewhere else "is missing"
+    return f" (dracut does not find {elsewhere})" if elsewhere else ""
 
 
 def find_dracut() -> Dracut:

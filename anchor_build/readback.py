@@ -139,7 +139,7 @@ def _claims(initramfs: Initramfs, stage: Stage, depends: Mapping[str, tuple[str,
 
 def _libraries(stage: Stage) -> list[str]:
     """Return the shared libraries of a stage's programs, from ldd of the host's copies."""
-    programs = [str(path) for binary in stage.binaries if (path := find_program_of_host(binary.name)[0])]
+    programs = [str(path) for binary in stage.binaries if (path := find_program_of_host(binary.name))]
     if not programs:
         return []
     text = run(["ldd", *programs], check=False).stdout

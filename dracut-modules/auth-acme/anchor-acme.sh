@@ -1,6 +1,10 @@
 #!/bin/sh
 # Runs uacme for the acme stage, and says from its report why it failed and whether to try again.
 
+# What of uacme's report matters. A shell reads a pipe byte by byte, and without this choice it would be far behind.
+ANCHOR_ACME_LINES='^uacme: acme_(get|post): (url=|return code [0-9]+)|^uacme: ([^a]|a[^c]|ac[^m]).*'
+ANCHOR_ACME_LINES="$ANCHOR_ACME_LINES"'|^uacme: .*following error:|^[Rr]etry-[Aa]fter: [0-9]+|^    "(type|detail)": ".*'
+
 # usage: anchor_acme__uacme ARGUMENT...
 # Runs uacme once and reads its report as it comes: that tells a server that is away from one that says no, and cuts
 # short uacme's own fixed waits, three times 5 s for a lost connection. Sets what anchor_acme__judge needs:
@@ -24,6 +28,7 @@ anchor_acme__uacme() {
     UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" uacme -vvv -y \
         -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 &
     client=$!
+    grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >"$ANCHOR_ACME_DIR/lines" &
     while IFS= read -r line; do
         case $line in
             "uacme: curl_"*" failed: "*)
@@ -46,7 +51,7 @@ anchor_acme__uacme() {
                 [ -z "$problem" ] || anchor_acme__detail=${line#*: }
                 ;;
         esac
-    done <"$ANCHOR_ACME_DIR/report"
+    done <"$ANCHOR_ACME_DIR/lines"
     wait "$client"
     case $? in
         0) return 0 ;;

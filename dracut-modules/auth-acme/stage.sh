@@ -23,7 +23,7 @@ anchor_acme_run() {
     anchor_note challenge "$anchor_acme_challenge"
     export ANCHOR_ACME_DIR="${ANCHOR_ROOT:-}/run/anchor/acme" ANCHOR_ACME_CHALLENGE="$anchor_acme_challenge"
     rm -rf "${ANCHOR_ACME_DIR:?}"
-    if ! mkdir -p "$ANCHOR_ACME_DIR/conf" || ! mkfifo "$ANCHOR_ACME_DIR/report"; then
+    if ! mkdir -p "$ANCHOR_ACME_DIR/conf" || ! mkfifo "$ANCHOR_ACME_DIR/report" "$ANCHOR_ACME_DIR/lines"; then
         anchor_fail "cannot write to ${ANCHOR_ACME_DIR%/acme}" "is there memory left for /run?"
         return 1
     fi

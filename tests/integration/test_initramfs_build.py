@@ -14,14 +14,17 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from anchor_build import dracut
 from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.plan import make_plan
 from anchor_build.readback import find_program
@@ -36,7 +39,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: private mounts, and files that only root may read"),
 ]
 
-SECRET = 'it\'s a "secret" $(reboot)'
+PIN = 'it\'s a "secret" $(reboot)'
+KEPT = ("/usr/lib/dracut", "/etc", "/var/lib", "/var/tmp", "/run", "/boot", "/lib/modules")  # noqa: S108 - only read
+TEMPORARY = "/tmp"  # noqa: S108 - only read
 OLD = b"what was there before"
 BUILD_LIMIT_S = 120.0
 
@@ -117,18 +122,21 @@ def bench(image: SiteImage, tmp_path: Path) -> Bench:
     return make_bench(image, tmp_path)
 
 
-def snapshot() -> dict[str, tuple[int, int, int]]:
+def snapshot() -> dict[Path, tuple[int, int, int]]:
     """Return what lies where a build must not write: size, mode and time of change of each file."""
     found = {}
-    for top in ("/usr/lib/dracut", "/etc", "/var/lib", "/var/tmp", "/run", "/boot", "/lib/modules"):
-        for directory, _, names in os.walk(top):
-            for name in names:
-                try:
-                    facts = os.lstat(os.path.join(directory, name))
-                except FileNotFoundError:
-                    continue
-                found[os.path.join(directory, name)] = (facts.st_size, facts.st_mode, facts.st_mtime_ns)
+    for top in KEPT:
+        for path in Path(top).rglob("*"):
+            with suppress(FileNotFoundError):
+                facts = path.lstat()
+                if not stat.S_ISDIR(facts.st_mode):
+                    found[path] = (facts.st_size, facts.st_mode, facts.st_mtime_ns)
     return found
+
+
+def temporary() -> set[str]:
+    """Return the names in the system's directory for temporary files that a build could have made."""
+    return {path.name for path in Path(TEMPORARY).iterdir() if path.name.startswith(("dracut", "anchor", "build"))}
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class Built:
 # The site's own stage, a secret, a setting, another driver, and a CA of the site's own.
 def words_of(directory: Path, ca: Path) -> list[str]:
     pin = directory / "pin"
-    pin.write_text(f"{SECRET}\n", encoding="utf-8")
+    pin.write_text(f"{PIN}\n", encoding="utf-8")
     return [
         *("--stage-dir", str(SITE_STAGES), "--auth", "local-file", "--image", "squashfs", "--ca", str(ca)),
         *("--set", f"rd.anchor.local-file.pin=@{pin}", "--set", "rd.anchor.fetch.attempts=3"),
@@ -157,12 +165,12 @@ def words_of(directory: Path, ca: Path) -> list[str]:
 def built(image: SiteImage, site_ca: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Build once what most tests look at."""
     bench = make_bench(image, tmp_path_factory.mktemp("built"))
-    before, temporary = snapshot(), set(os.listdir("/tmp"))
+    before, others = snapshot(), temporary()
     ended = bench.run("--json", *words_of(bench.top, site_ca), prefix=("sh", "-c", 'umask 077; exec "$@"', "sh"))
     assert ended.status == 0, ended.err
     after = snapshot()
-    strange = [path for path in after if before.get(path) != after[path]]
-    strange += [name for name in set(os.listdir("/tmp")) - temporary if name.startswith(("dracut", "anchor", "build"))]
+    strange = [str(path) for path in after if before.get(path) != after[path]]
+    strange += temporary() - others
     return Built(bench, ended, json.loads(ended.out), read_initramfs(bench.output), strange)
 
 
@@ -192,7 +200,7 @@ def test_the_sites_own_files_are_inside(built: Built, site_ca: Path) -> None:
     params = built.initramfs.resolve("etc/anchor/params")
     assert params is not None
     assert params.mode & 0o7777 == 0o600
-    assert params.content.decode() == f"rd.anchor.fetch.attempts=3\nrd.anchor.local-file.pin={SECRET}\n"
+    assert params.content.decode() == f"rd.anchor.fetch.attempts=3\nrd.anchor.local-file.pin={PIN}\n"
     assert int(content(built, "etc/anchor/build-time")) == built.report["build_time"] <= time.time()
 
 
@@ -231,9 +239,8 @@ def test_the_report_is_complete(built: Built) -> None:
     assert {"anchor", "auth-local-file", "base system"} <= set(report["bytes_by_stage"])
     assert len(report["largest_files"]) == 10
     assert all(len(digest) == 64 for digest in report["inputs"].values())
-    assert {"ca", "kernel", "modules.dep", "50anchor", "51anchor-auth-local-file", "program curl"} <= set(
-        report["inputs"]
-    )
+    inputs = {"ca", "kernel", "modules.dep", "50anchor", "51anchor-auth-local-file", "program curl"}
+    assert inputs <= set(report["inputs"])
 
 
 def test_a_secret_is_in_the_image_only(built: Built) -> None:
@@ -241,8 +248,7 @@ def test_a_secret_is_in_the_image_only(built: Built) -> None:
     assert "holds secrets (rd.anchor.local-file.pin)" in built.ended.err
     report = (built.bench.output.parent / "node.img.json").read_text(encoding="utf-8")
     for text in (built.ended.out, built.ended.err, report):
-        assert "secret\\" not in text
-        assert SECRET not in text
+        assert PIN not in text
         assert str(built.bench.top) not in report
 
 
@@ -270,27 +276,29 @@ def test_the_same_inputs_give_the_same_bytes(built: Built, site_ca: Path, bench:
     assert report == built.report
 
 
+def with_installed(bench: Bench, modules: Mapping[str, str]) -> Callable[..., list[str]]:
+    """Return a maker of build arguments for a dracut that has more `modules`: their module-setup.sh by name."""
+    farm = bench.top / "dracut"
+    (farm / "modules.d").mkdir(parents=True)
+    for path in [*dracut.BASE.glob("[!m]*"), *dracut.BASE.glob("modules.d/*")]:
+        (farm / path.relative_to(dracut.BASE)).symlink_to(path)
+    for name, text in modules.items():
+        (farm / "modules.d" / name).mkdir()
+        setup = farm / "modules.d" / name / "module-setup.sh"
+        setup.write_text(text, encoding="utf-8")
+        setup.chmod(0o755)
+    patch = f"from pathlib import Path; from anchor_build import cli, dracut; dracut.BASE = Path({str(farm)!r}); "
+    return lambda *words: [sys.executable, "-c", f"{patch}cli.main({bench.argv(*words)[3:]!r})"]
+
+
 def test_the_output_is_for_everybody_without_secrets_and_a_stale_installed_module_does_not_win(
     bench: Bench, installed_package: Path
 ) -> None:
     """Built from a package with an entry point, with a dracut that has an older copy of our modules installed."""
-    farm = bench.top / "dracut"
-    farm.mkdir()
-    for path in Path("/usr/lib/dracut").iterdir():
-        if path.name != "modules.d":
-            (farm / path.name).symlink_to(path)
-    (farm / "modules.d").mkdir()
-    for path in Path("/usr/lib/dracut/modules.d").iterdir():
-        (farm / "modules.d" / path.name).symlink_to(path)
-    for stale in ("50anchor", "99anchor-image-squashfs"):
-        (farm / "modules.d" / stale).mkdir()
-        setup = farm / "modules.d" / stale / "module-setup.sh"
-        setup.write_text("check() { return 0; }\ninstall() { derror STALE; exit 1; }\n", encoding="utf-8")
-        setup.chmod(0o755)
-    patch = f"from pathlib import Path; from anchor_build import cli, dracut; dracut.BASE = Path({str(farm)!r}); "
-    words = bench.argv("--auth", "local-file", "--compress", "gzip -1")[3:]
+    text = "check() { return 0; }\ninstall() { derror STALE; exit 1; }\n"
+    argv = with_installed(bench, dict.fromkeys(("50anchor", "99anchor-image-squashfs"), text))
     done = subprocess.run(
-        [sys.executable, "-c", f"{patch}cli.main({words!r})"],
+        argv("--auth", "local-file", "--compress", "gzip -1"),
         env=bench.environment(PYTHONPATH=f"{TOP}:{installed_package}"),
         capture_output=True,
         text=True,
@@ -377,30 +385,10 @@ def test_an_output_that_is_no_plain_file_is_left_alone(bench: Bench) -> None:
     assert "/no/such/directory is not a directory" in bench.run("-o", "/no/such/directory/x").err
 
 
-BREAKS = """
-[[file]]
-source = "breaks.txt"
-target = "/usr/share/breaks.txt"
-"""
-
-
 def breaking_stage(bench: Bench, install: str) -> list[str]:
-    """Build with a dracut module that does `install` in the middle of dracut's run; it comes in as a need of a stage."""
-    words = own_stage(bench, 'dracut = ["breaks"]')
-    farm = bench.top / "dracut"
-    farm.mkdir()
-    for path in Path("/usr/lib/dracut").iterdir():
-        if path.name != "modules.d":
-            (farm / path.name).symlink_to(path)
-    (farm / "modules.d").mkdir()
-    for path in Path("/usr/lib/dracut/modules.d").iterdir():
-        (farm / "modules.d" / path.name).symlink_to(path)
-    (farm / "modules.d" / "98breaks").mkdir()
-    setup = farm / "modules.d" / "98breaks" / "module-setup.sh"
-    setup.write_text(f"check() {{ return 255; }}\ninstall() {{\n{install}\n}}\n", encoding="utf-8")
-    setup.chmod(0o755)
-    patch = f"from pathlib import Path; from anchor_build import cli, dracut; dracut.BASE = Path({str(farm)!r}); "
-    return [sys.executable, "-c", f"{patch}cli.main({bench.argv(*words)[3:]!r})"]
+    """Build with a dracut module that does `install` in the middle of dracut's run, because a stage needs it."""
+    text = f"check() {{ return 255; }}\ninstall() {{\n{install}\n}}\n"
+    return with_installed(bench, {"98breaks": text})(*own_stage(bench, 'dracut = ["breaks"]'))
 
 
 def test_dracut_failing_half_way_leaves_everything_as_it_was(bench: Bench) -> None:
@@ -472,8 +460,8 @@ def test_a_build_as_another_user(bench: Bench, image: SiteImage) -> None:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is missing")
     # The user may read the checkout, the interpreter and the kernel only where their parents let everybody through.
-    home = Path("/var/tmp") / f"anchor-{os.getpid()}"
-    home.mkdir(mode=0o755)
+    home = Path(tempfile.mkdtemp(prefix="user-"))
+    home.chmod(0o755)
     try:
         for source, target in ((TOP / "anchor_build", "anchor_build"), (TOP / "lib", "lib")):
             shutil.copytree(source, home / target, ignore=shutil.ignore_patterns("__pycache__"))
@@ -493,8 +481,11 @@ def test_a_build_as_another_user(bench: Bench, image: SiteImage) -> None:
             pytest.skip("there is no Python that another user may run")
         output = home / "out" / "node.img"
         done = subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-m", "anchor_build", "initramfs"]
-            + ["--image", "squashfs", "--modules", str(home / "lib" / "modules" / image.release), "-o", str(output)],
+            [
+                *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-m", "anchor_build"),
+                *("initramfs", "--image", "squashfs", "-o", output),
+                *("--modules", home / "lib" / "modules" / image.release),
+            ],
             env={
                 "PATH": "/usr/bin:/bin",
                 "HOME": "/nonexistent",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from anchor_build.check import check_command_line
+from anchor_build.cmdline import COMMAND_LINE_MAX as LONGEST
 from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import load_registry
 from anchor_build.settings import Setting
@@ -44,7 +45,7 @@ RIGHT = {
     "secret": "hunter2",
 }
 WRONG = {
-    "string": ["\x01", "x" * 4097, "\x7f"],
+    "string": ["\x01", "x\x02y", "\x7f"],
     "name": ["a b", "-a", "a/b", "x" * 65, "é"],
     "bool": ["maybe", "2", " yes"],
     "int": ["x", "1.5", "-1", "0", "9" * 19, "0x10", "99999", "1 2"],
@@ -226,6 +227,8 @@ def lines_of(plan: Plan) -> Iterator[str]:
         if param.type in ("string", "secret", "url", "path", "name", "choice", "list"):
             for value in HOSTILE if param.type == "string" else HOSTILE[:3]:
                 yield f"{BASE} {param.key}={quoted(value)}"
+    for name in plan.core.refused:
+        yield from (f"{BASE} {name}", *(f"{BASE} {name}={value}" for value in ("", "0", "1", "/x y", "nfs:a:/b")))
     yield from EXTRA
 
 
@@ -279,7 +282,8 @@ def ask_node(shell: Shell, plan: Plan, lay_out: LayOut, lines: list[str], env: d
 
 
 def test_the_node_and_the_build_host_agree(shell: Shell, plan: Plan, lay_out: LayOut) -> None:
-    lines = list(dict.fromkeys(line.replace("\n", " ") for line in lines_of(plan)))
+    # x86 kernels cut longer lines off, which `check` refuses beforehand.
+    lines = [line for line in dict.fromkeys(lines_of(plan)) if len(line.encode(errors="surrogateescape")) < LONGEST]
     # The kernel gives words that it does not know to its first process as variables.
     env = {"anchor_acme_server": "evil.example", "anchor_https_proxy": "evil", "anchor_auth": "none"}
     answers = ask_node(shell, plan, lay_out, lines, env)
@@ -357,8 +361,8 @@ def test_parsing_again_forgets_what_was_given_before(shell: Shell, plan: Plan, l
 
 
 def test_a_long_line_is_read_in_good_time(shell: Shell, plan: Plan, lay_out: LayOut) -> None:
-    line = f"{BASE} " + " ".join(f"some.module.option{n}=value" for n in range(120))
-    assert len(line) < 4096
+    line = f"{BASE} " + " ".join(f"some.module.option{n}=value" for n in range(60))
+    assert 1500 < len(line) < LONGEST
     assert ask_node(shell, plan, lay_out, [line], {}) == [of_check(plan, line)]
 
 

@@ -32,7 +32,7 @@ def find(findings: list[Finding], what: str) -> Finding:
 def test_a_program_that_is_missing(plan: Plan) -> None:
     findings = examine(plan)
     missing = find(findings, "auth-demo: no-such-program")
-    assert (missing.ok, missing.needed, missing.detail) == (False, True, "is missing")
+    assert (missing.ok, missing.needed, missing.detail) == (False, True, "not found")
     assert "deb-name" in packages(findings, "deb")
     assert "rpm-name" in packages(findings, "rpm")
     assert "deb-name" not in packages(findings, "rpm")

@@ -140,11 +140,11 @@ def test_no_path_of_this_host_is_in_the_arguments(base: Path, tmp_path: Path) ->
     # dracut keeps them in the initramfs; what it needs to know stands in its configuration.
     argv = dracut.arguments(dracut.find_dracut(), request(tmp_path))
     assert not [word for word in argv[1:] if "/" in word and not word.startswith("./")]
-    text = dracut.configuration(tmp_path / "lib's $(x)", tmp_path / "tmp")
+    text = dracut.configuration(tmp_path / "lib's $(x)", tmp_path / "work")
     lines = subprocess.run(
         ["sh", "-c", f'{text}\nprintf "%s\\n" "$drivers_dir" "$tmpdir"'], capture_output=True, text=True, check=True
     )
-    assert lines.stdout.splitlines() == [f"{tmp_path}/lib's $(x)", f"{tmp_path}/tmp"]
+    assert lines.stdout.splitlines() == [f"{tmp_path}/lib's $(x)", f"{tmp_path}/work"]
 
 
 def test_no_drivers_no_option(base: Path, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ anchor_acme__uacme_says() {
             ;;
         "fetching "* | "creating new "* | "retrieving "* | "starting "* | "polling "* | "finalizing "*)
             case $anchor_acme__doing/$1 in
-                "starting challenge/polling challenge"*) anchor_acme__pause 0.3 ;;
-                "finalizing order/polling order"*) anchor_acme__pause 0.1 ;;
+                "starting challenge/polling challenge"*) anchor_acme__pause anchor_acme__answered ;;
+                "finalizing order/polling order"*) anchor_acme__pause ;;
             esac
             anchor_acme__doing=${1%% at http*}
             ;;
@@ -83,13 +83,36 @@ anchor_acme__uacme_says() {
     esac
 }
 
-# usage: anchor_acme__pause SECONDS
-# Stops uacme for a moment before it first asks whether the server has done its part: an answer that comes too early
-# is "not yet", and then uacme sleeps 5 s before it asks again. Most servers that stand near their nodes need less.
+# usage: anchor_acme__pause [FUNCTION]
+# Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s) and
+# a moment more: an answer that comes too early is "not yet", and then uacme sleeps 5 s before it asks again.
 anchor_acme__pause() {
+    local left=30 seen=''
     kill -STOP "-$client" 2>/dev/null || return 0
-    sleep "$1"
+    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && ! "$1"; do
+        sleep 0.05
+        left=$((left - 1))
+    done
+    sleep 0.1
     kill -CONT "-$client" 2>/dev/null
+}
+
+# usage: anchor_acme__answered
+# Status 0 if the server has come for the answer and is gone again. Keeps in seen whether it came.
+anchor_acme__answered() {
+    local slot address peer state rest port=0050 open=''
+    [ "$anchor_acme_challenge" = http-01 ] || port=01BB
+    while read -r slot address peer state rest; do
+        # All but listening (0A) is a connection, and all but TIME_WAIT (06) one that has not ended.
+        case ${address##*:}/$state in
+            "$port/0A") ;;
+            "$port/06") seen=1 ;;
+            "$port/"*) seen=1 open=1 ;;
+        esac
+    done <<EOF
+$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
+EOF
+    [ -n "$seen" ] && [ -z "$open" ]
 }
 
 # usage: anchor_acme__final WHAT HINT

@@ -33,11 +33,12 @@ main() {
             prepare build demo test
             [[ ${1:-} == --fast ]] && shift && set -- -m 'not slow and not boot' "$@"
             cd "$here"
-            exec "$venv/bin/python" -m pytest "$@"
+            # Two nodes boot side by side; a file's tests share their servers and initramfs.
+            exec "$venv/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
             ;;
         bench)
             shift
-            prepare build demo
+            prepare build demo bench
             cd "$here"
             exec "$venv/bin/python" -m tests.bench "$@"
             ;;

@@ -215,7 +215,7 @@ def _verify(
     site: Mapping[str, bytes],
 ) -> dict[str, Any]:
     initramfs = read_initramfs(request.output)
-    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site)
+    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, build.drivers)
     if problems:
         raise AnchorError(
             "the finished initramfs lacks what its stages promise:\n  " + "\n  ".join(problems),

@@ -69,7 +69,7 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> 
 
 def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
     param = spellings.get(word.name)
-    if word.name in state.plan.core.refused:
+    if any(word.name in stage.refused for stage in state.plan.all):
         if word.value not in (None, "", "0"):
             state.errors.append(f"{word.name}: chooses a stage that this initramfs does not hold")
     elif param is None:

@@ -150,7 +150,8 @@ def _find_modules(release: str, image: Path | None, modules: Path | None) -> Pat
     if modules is not None:
         candidates = [modules.resolve()]
     else:
-        roots = [image.resolve().parent.parent] if image is not None else []
+        # /boot/vmlinuz and a directory that holds a kernel and its lib/modules side by side
+        roots = [image.resolve().parent.parent, image.resolve().parent] if image is not None else []
         candidates = [root / sub / release for root in roots for sub in ("lib/modules", "usr/lib/modules")]
         candidates += [tree / release for tree in MODULE_TREES]
     for candidate in candidates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_build.cpio import Initramfs, Member
@@ -30,15 +30,19 @@ def missing(
     modules: tuple[RenderedModule, ...],
     kernel: Kernel,
     site: Mapping[str, bytes],
+    extra_drivers: Sequence[str] = (),
 ) -> list[str]:
     """Return one line for each promised thing that is not inside, or not as promised.
 
-    `site` holds the prepared files of /etc/anchor by name.
+    `site` holds the prepared files of /etc/anchor by name; `extra_drivers` are those of --add-drivers.
     """
     problems: list[str] = []
     drivers = {
         _driver_name(path) for path in initramfs.members if ".ko" in path.rpartition("/")[2]
     } | kernel.builtin_names()
+    for driver in extra_drivers:
+        if is_promised(driver) and driver.replace("-", "_") not in drivers:
+            problems.append(f"--add-drivers: the driver {driver} is not inside")
     for stage, module in zip(plan.all, modules, strict=True):
         for binary in stage.binaries:
             if find_program(initramfs, binary.name) is None:

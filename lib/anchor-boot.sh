@@ -91,6 +91,8 @@ anchor_boot_main() {
     done
     anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
+    anchor_boot_set error ''
+    anchor_boot_set hint ''
     anchor_boot_write
 }
 
@@ -166,7 +168,7 @@ anchor_boot_credentials() {
 # usage: anchor_boot_failed STEP STAGE ERROR HINT
 # Reports the failure and does what rd.anchor.on_failure says. Returns when the emergency shell is left.
 anchor_boot_failed() {
-    local event action="${anchor_on_failure:-shell}"
+    local event since action="${anchor_on_failure:-shell}"
     anchor_json "$2"
     event="{\"event\":\"failed\",\"step\":\"$1\",\"stage\":$anchor_json"
     anchor_json "$3"
@@ -174,6 +176,8 @@ anchor_boot_failed() {
     anchor_json "$4"
     event="$event,\"hint\":$anchor_json,\"on_failure\":\"$action\"}"
     anchor_boot_set result failed
+    anchor_boot_set error "$3"
+    anchor_boot_set hint "$4"
     anchor_boot_write
     anchor_say '' "this node could not boot: step $1${2:+ ($2)} failed"
     anchor_say '  why:        ' "$3"
@@ -188,9 +192,12 @@ anchor_boot_failed() {
         poweroff) anchor_boot_sysrq o ;;
     esac
     anchor_say '' "leave the shell to try again"
+    anchor_uptime_ms
+    since=$anchor_uptime_ms
     anchor_boot_shell "step $1 failed: see /run/anchor/boot.log"
-    # Without a shell (rd.shell=0) this is the pace of the tries.
-    anchor_boot_pause 30
+    anchor_uptime_ms
+    # Where there is no shell (rd.shell=0) this is the pace of the tries.
+    [ $((anchor_uptime_ms - since)) -ge 5000 ] || anchor_boot_pause 30
 }
 
 # usage: anchor_boot_pause SECONDS

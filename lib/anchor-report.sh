@@ -194,6 +194,11 @@ anchor_boot_json() {
         anchor_json "$anchor_recall"
         head="$head\"$fact\":$anchor_json,"
     done
+    for fact in error hint; do
+        anchor_recall "$ANCHOR_RUN/steps/$fact"
+        anchor_json "$anchor_recall"
+        [ -z "$anchor_recall" ] || head="$head\"$fact\":$anchor_json,"
+    done
     for fact in switch_root_ms ready_ms; do
         anchor_recall "$ANCHOR_RUN/steps/$fact"
         [ -z "$anchor_recall" ] || head="$head\"$fact\":$anchor_recall,"
@@ -206,7 +211,8 @@ anchor_boot_json() {
 }
 
 # usage: anchor_boot_set FACT VALUE
-# Keeps a fact about the whole boot: anchor (the version), kernel, node, result, switch_root_ms, ready_ms.
+# Keeps a fact about the whole boot: anchor (the version), kernel, node, result, error, hint, switch_root_ms,
+# ready_ms.
 anchor_boot_set() {
     anchor_keep "$ANCHOR_RUN/steps/$1" "$2"
 }

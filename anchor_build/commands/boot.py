@@ -152,7 +152,12 @@ def command(
     Exits 0 if the node reports that it got there. The node reaches this host as 10.0.2.2, and nobody but this
     host reaches the node. The kernel command line gets rd.anchor.events=ttyS1, and console=ttyS0 unless it is
     there. With -v (before the command) the console is shown as it goes.
-    """
+
+    \b
+    Examples:
+      anchor-build boot --kernel vmlinuz --initrd node.img --append "root=anchor rd.anchor.squashfs.url=..."
+      anchor-build boot --kernel vmlinuz --initrd node.img --memory 384M --keep --hostfwd tcp:127.0.0.1:2222-:22
+    """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     if boot_json is not None and until != "multi-user":
         raise UsageError("--boot-json needs --until multi-user", "the node sends its boot.json when it is ready")
     if boot_json is not None and not boot_json.parent.is_dir():

@@ -255,7 +255,6 @@ def test_wrong_parameters_stop_the_boot_before_its_first_step(node: Shell, run: 
     assert report(node)["result"] == "ok"
 
 
-@pytest.mark.xfail(reason="boot.json does not hold the error of wrong parameters yet", strict=False)
 def test_wrong_parameters_are_in_the_report(node: Shell, run: Run) -> None:
     keep_report(node)
     (node.root / "mended").write_text(LINE)

@@ -107,9 +107,9 @@ def test_no_arguments_mean_help_until_there_is_an_rpm_command(checkout: Checkout
     [
         (["demo"], "python -m contrib.site.demo"),
         (["demo", "--keep"], "python -m contrib.site.demo --keep"),
-        (["test"], "python -m pytest"),
-        (["test", "-k", "net"], "python -m pytest -k net"),
-        (["test", "--fast", "-x"], "python -m pytest -m not slow and not boot -x"),
+        (["test"], "python -m pytest --numprocesses 2 --dist loadfile"),
+        (["test", "-k", "net"], "python -m pytest --numprocesses 2 --dist loadfile -k net"),
+        (["test", "--fast", "-x"], "python -m pytest --numprocesses 2 --dist loadfile -m not slow and not boot -x"),
         (["bench", "--json"], "python -m tests.bench --json"),
     ],
 )

@@ -24,12 +24,15 @@ anchor_acme__uacme() {
     fi
     anchor_acme__doing='' anchor_acme__lost='' anchor_acme__code='' anchor_acme__retry_after=''
     anchor_acme__problem='' anchor_acme__detail='' anchor_acme__last='' anchor_acme__late=''
+    # Opened for both ways first: an open that waits for the other end fails in busybox sh when a child ends meanwhile.
+    exec 8<>"$ANCHOR_ACME_DIR/lines" || return 1
     # Since 1.7.6 uacme can be told its trust anchors; before, it reads the distribution's own file.
     UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" uacme -vvv -y \
-        -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 &
+        -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
     client=$!
-    grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >"$ANCHOR_ACME_DIR/lines" &
-    while IFS= read -r line; do
+    grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >&8 8>&- &
+    exec 9<"$ANCHOR_ACME_DIR/lines" 8>&-
+    while IFS= read -r line <&9; do
         case $line in
             "uacme: curl_"*" failed: "*)
                 anchor_acme__lost=${line##* failed: }
@@ -51,7 +54,8 @@ anchor_acme__uacme() {
                 [ -z "$problem" ] || anchor_acme__detail=${line#*: }
                 ;;
         esac
-    done <"$ANCHOR_ACME_DIR/lines"
+    done
+    exec 9<&-
     wait "$client"
     case $? in
         0) return 0 ;;

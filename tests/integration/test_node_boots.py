@@ -59,7 +59,7 @@ def test_hostile_text_stays_text_and_a_wrong_digest_ends_in_poweroff(
     assert result.outcome == "failed"
     assert WRONG_SHA256 in result.reason
     assert site.root_image.sha256 in result.reason
-    assert "sha256" in result.hint
+    assert "digest on the command line" in result.hint
 
 
 def test_a_wrong_parameter_is_explained_on_the_console(

@@ -98,7 +98,7 @@ def test_arguments_of_a_whole_machine() -> None:
         rtc="1970-01-01",
     )
     assert qemu.arguments(machine, Path("/w,1"), Path("/c,d/log")) == [
-        *("-machine", "q35", "-cpu", "max", "-accel", "tcg,thread=multi"),
+        *("-machine", "q35", "-cpu", "max,erms=off,fsrm=off", "-accel", "tcg,thread=multi"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-m", "384M", "-smp", "4"),
         *("-kernel", "/b/vmlinuz", "-initrd", "/b/initrd"),

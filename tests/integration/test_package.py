@@ -99,8 +99,6 @@ def test_a_package_of_stages_is_found_beside_it(installed: Installed, installed_
 
 def test_the_fixture_is_what_pip_installs(installed_package: Path, tmp_path: Path) -> None:
     """The package of stages that the tests write by hand is the one that its pyproject.toml makes."""
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("hatchling is missing")
     source = TOP / "tests" / "fixtures" / "site_package"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     target = tmp_path / "by-pip"

@@ -73,7 +73,7 @@ def examples() -> list[Command]:
 
 def parse(words: list[str]) -> tuple[str, dict[str, object]]:
     """Parse a call without running it or looking at files; raise click's error for what does not exist."""
-    context = click.Context(cli, info_name="anchor-build")
+    context = click.Context(cli, info_name="anchor-build", **cli.context_settings)
     _, rest, _ = cli.make_parser(context).parse_args(list(words))
     name = rest[0]
     command = cli.get_command(context, name)
@@ -193,7 +193,7 @@ def test_commands_in_sentences_exist() -> None:
             if name.isupper():
                 continue
             assert name in COMMANDS, f"{document.name}: {line}"
-            command = cli.get_command(click.Context(cli), name)
+            command = cli.get_command(click.Context(cli, **cli.context_settings), name)
             assert command is not None
             known = {opt for param in (*cli.params, *command.params) for opt in param.opts}
             assert {word for word in words if re.match("--?[a-z]", word)} <= known, f"{document.name}: {line}"

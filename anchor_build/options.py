@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import Registry, load_registry
 from anchor_build.stage import KINDS
 
@@ -43,19 +46,49 @@ def stage_dir_option(function: F) -> F:
     )(function)
 
 
-def stage_options(function: F) -> F:
-    """Add --auth, --transport, --image and --stage-dir."""
+@dataclass(frozen=True)
+class Choice:
+    """What --auth, --transport, --image and --stage-dir said."""
+
+    auth: tuple[str, ...]
+    transport: tuple[str, ...]
+    image: tuple[str, ...]
+    stage_dir: tuple[Path, ...]
+
+    def plan(self) -> Plan:
+        """Return the plan of the chosen stages; raises as make_plan and load_registry do."""
+        registry = load_registry(self.stage_dir)
+        return make_plan(registry, auth=self.auth, transport=self.transport, image=self.image)
+
+    def plan_or_all(self) -> Plan:
+        """Return the plan of the chosen stages, or of every stage where none was named."""
+        return self.plan() if self.auth or self.transport or self.image else self.everything()
+
+    def everything(self) -> Plan:
+        """Return the plan of every stage there is."""
+        return whole_plan(load_registry(self.stage_dir))
+
+
+def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --auth, --transport, --image and --stage-dir, which reach the function together as `choice`."""
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        chosen = {name: kwargs.pop(name) for name in (*KINDS, "stage_dir")}
+        return function(*args, choice=Choice(**chosen), **kwargs)
+
+    command: Callable[..., Any] = gather
     defaults = {"auth": "none", "transport": "https", "image": ""}
     for kind in reversed(KINDS):
         default = f" Default: {defaults[kind]}." if defaults[kind] else ""
-        function = click.option(
+        command = click.option(
             f"--{kind}",
             multiple=True,
             metavar="STAGE",
             shell_complete=complete_stage(kind),
             help=f"An {kind} stage to include; may be repeated.{default}".replace("An transport", "A transport"),
-        )(function)
-    return stage_dir_option(function)
+        )(command)
+    return stage_dir_option(command)
 
 
 def json_option(function: F) -> F:

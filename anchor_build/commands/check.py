@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option, registry_of, stage_options
+from anchor_build.options import Choice, json_option, stage_options
 
 
 @click.command(short_help="Check a kernel command line before a node sees it.")
@@ -20,10 +19,7 @@ from anchor_build.options import json_option, registry_of, stage_options
 def command(
     console: Console,
     cmdline: tuple[str, ...],
-    auth: tuple[str, ...],
-    transport: tuple[str, ...],
-    image: tuple[str, ...],
-    stage_dir: tuple[Path, ...],
+    choice: Choice,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -38,12 +34,9 @@ def command(
       anchor-build check --auth acme --image squashfs "$(cat /proc/cmdline)"
     """  # noqa: D301
     from anchor_build.check import check_command_line
-    from anchor_build.plan import make_plan, whole_plan
     from anchor_build.settings import read_settings, shown_value
 
-    registry = registry_of(stage_dir)
-    named = auth or transport or image
-    plan = make_plan(registry, auth=auth, transport=transport, image=image) if named else whole_plan(registry)
+    plan = choice.plan_or_all()
     # A command line is bytes: what is not UTF-8 becomes surrogates, as in arguments (PEP 383).
     if cmdline == ("-",):
         cmdline = (sys.stdin.buffer.read().decode("utf-8", "surrogateescape").rstrip("\n"),)

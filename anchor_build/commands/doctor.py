@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option, registry_of, stage_options
+from anchor_build.options import Choice, json_option, stage_options
 
 
 @click.command(short_help="Say what this host lacks, and which package has it.")
@@ -18,10 +17,7 @@ from anchor_build.options import json_option, registry_of, stage_options
 @click.pass_obj
 def command(
     console: Console,
-    auth: tuple[str, ...],
-    transport: tuple[str, ...],
-    image: tuple[str, ...],
-    stage_dir: tuple[Path, ...],
+    choice: Choice,
     as_json: bool,
 ) -> None:
     """Look at everything that a build needs on this host, and name the packages of what is missing.
@@ -34,11 +30,8 @@ def command(
       anchor-build doctor --auth acme --image squashfs
     """  # noqa: D301
     from anchor_build.doctor import examine, package_family, packages
-    from anchor_build.plan import make_plan, whole_plan
 
-    registry = registry_of(stage_dir)
-    named = auth or transport or image
-    plan = make_plan(registry, auth=auth, transport=transport, image=image) if named else whole_plan(registry)
+    plan = choice.plan_or_all()
     findings = examine(plan)
     lacking = [finding for finding in findings if not finding.ok and finding.needed]
     install = packages(findings, package_family())

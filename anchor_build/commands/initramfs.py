@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option, registry_of, stage_options
+from anchor_build.options import Choice, json_option, stage_options
 
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
@@ -48,10 +48,7 @@ from anchor_build.options import json_option, registry_of, stage_options
 @click.pass_obj
 def command(
     console: Console,
-    auth: tuple[str, ...],
-    transport: tuple[str, ...],
-    image: tuple[str, ...],
-    stage_dir: tuple[Path, ...],
+    choice: Choice,
     kernel: str | None,
     modules: Path | None,
     ca: Path | None,
@@ -74,10 +71,9 @@ def command(
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.kernel import find_kernel
-    from anchor_build.plan import make_plan
     from anchor_build.settings import read_ca, read_settings
 
-    plan = make_plan(registry_of(stage_dir), auth=auth, transport=transport, image=image)
+    plan = choice.plan()
     found = find_kernel(kernel, modules)
     bundle, warning = read_ca(ca)
     build = InitramfsBuild(

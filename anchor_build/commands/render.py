@@ -8,7 +8,7 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.errors import AnchorError
-from anchor_build.options import json_option, registry_of, stage_options
+from anchor_build.options import Choice, json_option, stage_options
 
 
 @click.command(short_help="Write the dracut modules of a plan into a directory.")
@@ -25,10 +25,7 @@ from anchor_build.options import json_option, registry_of, stage_options
 @click.pass_obj
 def command(
     console: Console,
-    auth: tuple[str, ...],
-    transport: tuple[str, ...],
-    image: tuple[str, ...],
-    stage_dir: tuple[Path, ...],
+    choice: Choice,
     every: bool,
     output: Path,
     as_json: bool,
@@ -39,11 +36,9 @@ def command(
     Example:
       anchor-build render --auth acme --image squashfs -o modules
     """  # noqa: D301
-    from anchor_build.plan import make_plan, whole_plan
     from anchor_build.render import render_plan, write_modules
 
-    registry = registry_of(stage_dir)
-    plan = whole_plan(registry) if every else make_plan(registry, auth=auth, transport=transport, image=image)
+    plan = choice.everything() if every else choice.plan()
     modules = render_plan(plan)
     there = [module.name for module in modules if (output / module.name).exists()]
     if there:

@@ -14,6 +14,9 @@ import pytest
 from contrib.site import pki, servers
 from tests.stages.acme_site import KEY_ID, MAC_KEY, NAME, SHELLS, Node, Result, Site, make_node, running_site
 
+# Each test runs a real order against pebble, a second or more each.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -155,7 +158,6 @@ def test_untrusted_server_fails_at_once(node: Node, tmp_path: Path) -> None:
     assert result.note("number-attempts") == "1"
 
 
-@pytest.mark.slow
 def test_server_that_comes_back(node: Node) -> None:
     port = servers.free_port()
     url = node.site.urls["plain"]
@@ -168,14 +170,12 @@ def test_server_that_comes_back(node: Node) -> None:
     assert "trying again" in result.log
 
 
-@pytest.mark.slow
 def test_server_that_stays_away(node: Node) -> None:
     result = node.run(server="https://127.0.0.1:1/dir", timeout="5")
     _check_refused(node, result, NAME, "127.0.0.1:1", "Couldn't connect", "attempts: ", "address, route")
     assert result.seconds < 7
 
 
-@pytest.mark.slow
 def test_server_that_hangs(node: Node) -> None:
     port = servers.free_port()
     mute = f"timeout 15 socat TCP-LISTEN:{port},fork,reuseaddr EXEC:'sleep 15' >/dev/null 2>&1 &\nmute=$!"
@@ -286,7 +286,6 @@ anchor_acme__responder_end
     assert "early: \n" in result.log
 
 
-@pytest.mark.slow
 def test_responder_is_bounded_in_size_and_time(node: Node) -> None:
     text = """
 anchor_acme_timeout=20

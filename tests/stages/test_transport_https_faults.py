@@ -13,6 +13,9 @@ from tests.stages import https_node
 from tests.stages.hostile_http import hostile
 from tests.stages.https_node import DATA, DIGEST, OTHER, Node, Site, tells_refused_headers
 
+# Every test is a server that misbehaves, and most are waited for.
+pytestmark = pytest.mark.slow
+
 # Fixtures
 site, node, dash = https_node.site, https_node.node, https_node.dash
 

@@ -214,7 +214,7 @@ def _verify(
     request: dracut.Request,
     site: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    initramfs = read_initramfs(request.output)
+    initramfs = read_initramfs(request.output, request.config.parent)
     problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, build.drivers)
     if problems:
         raise AnchorError(

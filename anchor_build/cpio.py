@@ -84,10 +84,11 @@ class Initramfs:
         return None
 
 
-def read_initramfs(file: Path) -> Initramfs:
+def read_initramfs(file: Path, work: Path | None = None) -> Initramfs:
     """Read an initramfs: an uncompressed early archive, if there is one, and the main one.
 
-    Raises AnchorError when it is not readable as what the kernel would accept.
+    `work` is a directory for what is unpacked on the way, else the system's. Raises AnchorError when the file
+    is not readable as what the kernel would accept.
     """
     data = file.read_bytes()
     if not data:
@@ -97,7 +98,7 @@ def read_initramfs(file: Path) -> Initramfs:
     while data:
         kind = _compression(data)
         if kind:
-            compression, data = kind, _decompress(file, data, kind)
+            compression, data = kind, _decompress(file, data, kind, work)
         if not data.startswith(NEWC_MAGICS):
             raise AnchorError(f"{file}: is not an initramfs: neither cpio nor a known compression")
         data = _read_archive(file, data, members)
@@ -140,7 +141,7 @@ def _compression(data: bytes) -> str | None:
     return next((name for magic, name in COMPRESSIONS.items() if data.startswith(magic)), None)
 
 
-def _decompress(file: Path, data: bytes, kind: str) -> bytes:
+def _decompress(file: Path, data: bytes, kind: str, directory: Path | None) -> bytes:
     try:
         if kind == "gzip":
             return gzip.decompress(data)
@@ -150,7 +151,7 @@ def _decompress(file: Path, data: bytes, kind: str) -> bytes:
         raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
     if kind not in ("zstd", "lz4", "bzip2"):
         raise AnchorError(f"{file}: cannot read {kind} compression")
-    with tempfile.TemporaryDirectory(prefix="anchor-build-") as work:
+    with tempfile.TemporaryDirectory(prefix="anchor-build-", dir=directory) as work:
         packed, plain = Path(work, "packed"), Path(work, "plain")
         packed.write_bytes(data)
         with plain.open("wb") as sink:

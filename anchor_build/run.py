@@ -39,9 +39,18 @@ def _search_path() -> str:
     return f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}".lstrip(":")
 
 
+def _is_passed_on(key: str) -> bool:
+    return (key.isupper() and not key.startswith("LC_")) or key.endswith("_proxy")
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a child: ours, with a locale that keeps messages and sorting stable."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("LC_") and key != "LANGUAGE"}
+    """Return the environment of a child: ours, with a locale that keeps messages and sorting stable.
+
+    Variables in lower case, but for http_proxy and its like, stay behind: dracut takes settings such as
+    kernel_cmdline and omit_drivers from them.
+    """
+    env = {key: value for key, value in os.environ.items() if _is_passed_on(key)}
+    env.pop("LANGUAGE", None)
     env["LC_ALL"] = "C.UTF-8"
     env["PATH"] = _search_path()
     env.update(extra or {})

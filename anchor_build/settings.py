@@ -35,20 +35,22 @@ class Setting:
 
 
 def holds_secret(param: Param, value: str) -> bool:
-    """Whether a value is secret: the type says so, or it is a URL with a user's password."""
-    return param.type == "secret" or (param.type == "url" and "@" in value.partition("://")[2].partition("/")[0])
+    """Whether a value is secret: the type says so, or it is a URL with a user, or with a query (presigned)."""
+    return bool(value) and (param.type == "secret" or shown_value(param, value) != value)
 
 
 def shown_value(param: Param, value: str) -> str:
-    """Return a value for people and reports, with what is secret in it left out."""
+    """Return a value for people and reports, with what is secret in it left out. A URL may lack its scheme."""
     if value and param.type == "secret":
         return "(secret)"
-    if holds_secret(param, value):
-        scheme, separator, rest = value.partition("://")
-        return (
-            f"{scheme}{separator}(secret)@{rest.partition('/')[0].rpartition('@')[2]}{''.join(rest.partition('/')[1:])}"
-        )
-    return value
+    if param.type != "url":
+        return value
+    base, question, _ = value.partition("?")
+    scheme, separator, rest = base.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    shown = f"{scheme}{separator}{'(secret)@' if at else ''}{host}{slash}{path}"
+    return shown + ("?(secret)" if question else "")
 
 
 def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:

@@ -44,14 +44,20 @@ anchor_boot_cmdline() {
     anchor_boot_load || return 1
     anchor_boot_wanted || return 1
     anchor_boot_start
-    until anchor_params_parse; do
-        anchor_boot_failed parameters '' "$anchor_params_error" \
-            "correct the kernel command line; \`anchor-build check\` explains it before a node sees it"
-    done
+    anchor_boot_parse
     # systemd-networkd comes up by itself; dracut's other network modules bring nothing up unless somebody asks.
     [ ! -e "${ANCHOR_ROOT:-}/etc/systemd/network/zz-anchor.network" ] || return 0
     mkdir -p "${ANCHOR_ROOT:-}/etc/cmdline.d" &&
         printf 'rd.neednet=1\n' >"${ANCHOR_ROOT:-}/etc/cmdline.d/50-anchor.conf"
+}
+
+# usage: anchor_boot_parse
+# Reads the parameters, and returns only when they are right.
+anchor_boot_parse() {
+    until anchor_params_parse; do
+        anchor_boot_failed parameters '' "$anchor_params_error" \
+            "correct the kernel command line; \`anchor-build check\` explains it before a node sees it"
+    done
 }
 
 # usage: anchor_boot_start
@@ -75,7 +81,7 @@ anchor_boot_main() {
         '' | ok) return 0 ;;
     esac
     anchor_boot_load || return 1
-    anchor_params_parse || return 1
+    anchor_boot_parse
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
     anchor_event "{\"event\":\"boot\",\"version\":$anchor_json}"
@@ -88,6 +94,9 @@ anchor_boot_main() {
         set -- "$1" "$2" "${anchor_recall:-the $1 step failed without saying why}"
         anchor_recall "$anchor_step_last/hint"
         anchor_boot_failed "$@" "$anchor_recall"
+        # The records of many tries would pile up in memory.
+        [ ! -d "$ANCHOR_RUN/steps/70" ] || rm -rf "${ANCHOR_RUN:?}"/steps/[0-9]*
+        anchor_boot_parse
     done
     anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
@@ -116,7 +125,11 @@ anchor_boot_steps() {
 anchor_step() {
     local step="$1" stage="$2" status=0
     shift 2
-    anchor_step_begin "$step" "${stage#*/}" || return 1
+    if ! anchor_step_begin "$step" "${stage#*/}"; then
+        anchor_step_last=
+        anchor_fail "the step $step cannot be recorded in $ANCHOR_RUN/steps" "is /run full?"
+        return 1
+    fi
     anchor_step_last=$anchor_step_dir
     (
         [ -z "$stage" ] || anchor_boot_source "$stage" || exit 1
@@ -188,8 +201,12 @@ anchor_boot_failed() {
         reboot)
             anchor_boot_pause "${anchor_reboot_delay:-30}"
             anchor_boot_sysrq b
+            return
             ;;
-        poweroff) anchor_boot_sysrq o ;;
+        poweroff)
+            anchor_boot_sysrq o
+            return
+            ;;
     esac
     anchor_say '' "leave the shell to try again"
     anchor_uptime_ms
@@ -211,7 +228,8 @@ anchor_boot_pause() {
 }
 
 # usage: anchor_boot_sysrq KEY
-# Reboots (b) or powers off (o) at once: nothing is mounted for writing that would have to be saved.
+# Reboots (b) or powers off (o) at once: nothing is mounted for writing that would have to be saved. Where the kernel
+# does not, the boot is tried again: these actions are for consoles that nobody may use, so there is no shell.
 anchor_boot_sysrq() {
     printf '1\n' >"${ANCHOR_ROOT:-}/proc/sys/kernel/sysrq"
     printf '%s\n' "$1" >"${ANCHOR_ROOT:-}/proc/sysrq-trigger"
@@ -223,7 +241,8 @@ anchor_boot_sysrq() {
 # dracut's emergency shell, where rd.shell allows it.
 anchor_boot_shell() {
     (
-        . /lib/dracut-lib.sh && emergency_shell -n anchor "anchor: $1"
+        # With rd.shell=0 dracut would halt the node instead of giving a shell.
+        . /lib/dracut-lib.sh && getargbool 1 rd.shell && emergency_shell -n anchor "anchor: $1"
     )
 }
 

@@ -32,7 +32,8 @@ anchor_params_parse() {
     for stage in $anchor_stages; do
         "anchor_${stage}_forget"
     done
-    anchor_cmdline_each anchor_params_word
+    anchor_cmdline_each anchor_params_word ||
+        anchor_param_bad /etc/anchor/params "or a file of the kernel command line cannot be read"
     for stage in $anchor_stages; do
         "anchor_${stage}_check"
     done

@@ -118,16 +118,17 @@ anchor_acme__respond() {
 }
 
 # usage: anchor_acme__respond_http
-# Gives the one answer there is to whoever connects, whatever they ask: nothing that a stranger sends is read but into
-# /dev/null, and no program is started for it. That also answers before uacme first asks whether the server is
-# content; when it is not yet, uacme 1.7 sleeps 5 s. Before there is an answer, connections are closed.
-# One socket for IPv6 and IPv4, or IPv4 alone where the kernel has no IPv6. A request is at most 4096 bytes and 5 s.
+# Gives the one answer there is to whoever connects and has asked something: what a stranger sends is read up to its
+# first line and never looked at. (Answering before the request comes is an error to clients written in Go, as most CAs
+# are.) Before there is an answer, connections are closed. One socket for IPv6 and IPv4, or IPv4 alone where the kernel
+# has no IPv6. A request is at most 4096 bytes and 5 s.
 anchor_acme__respond_http() {
     local listen='TCP4-LISTEN:80'
     [ ! -e /proc/net/if_inet6 ] || listen='TCP6-LISTEN:80,ipv6-v6only=0'
+    # shellcheck disable=SC2016 # for the shell that socat starts
     timeout -k 1 "$((anchor_acme_timeout + 5))" socat -T 5 -t 2 \
         "$listen,fork,reuseaddr,max-children=32,readbytes=4096" \
-        "OPEN:$ANCHOR_ACME_DIR/answer,rdonly!!OPEN:/dev/null,wronly" </dev/null >/dev/null 2>&1 &
+        'SYSTEM:read -r line; exec cat "$ANCHOR_ACME_DIR/answer"' </dev/null >/dev/null 2>&1 &
     anchor_acme__responder=$!
 }
 

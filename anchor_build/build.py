@@ -103,6 +103,8 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
         problems.append(f"--output {build.output}: {directory} may not be written")
     if build.output.exists() and not build.output.is_file():
         problems.append(f"--output {build.output}: is there and not a plain file")
+    if build.report_file.exists() and not build.report_file.is_file():
+        problems.append(f"--output {build.output}: its report {build.report_file} is there and not a plain file")
     if problems:
         raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks")
 

@@ -254,7 +254,13 @@ anchor_acme__new_account() {
         set -- "$@" -e "$anchor_acme_eab_kid:$anchor_acme_eab_key"
         case $(cat /proc/mounts) in
             *hidepid=*) ;;
-            *) mount -o remount,nosuid,nodev,noexec,hidepid=2 /proc 2>/dev/null && hidden=1 ;;
+            *)
+                if mount -o remount,nosuid,nodev,noexec,hidepid=2 /proc 2>/dev/null; then
+                    hidden=1
+                else
+                    anchor_warn "cannot hide uacme's arguments: others on this node may see the binding key for a moment"
+                fi
+                ;;
         esac
     fi
     anchor_acme__uacme "$@" -- new ${anchor_acme_email:+"$anchor_acme_email"}

@@ -22,6 +22,7 @@ from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, render_plan
 from anchor_build.run import run
 from anchor_build.settings import Setting
+from anchor_build.stage import is_promised
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 Step = Callable[[str], AbstractContextManager[None]]
@@ -94,7 +95,7 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
     wanted += [("--add-drivers", driver) for driver in build.drivers]
     for owner, driver in wanted:
-        if readback.is_promised(driver) and driver.replace("-", "_") not in known:
+        if is_promised(driver) and driver.replace("-", "_") not in known:
             problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
     directory = build.output.parent
     if not directory.is_dir():

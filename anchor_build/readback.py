@@ -13,7 +13,7 @@ from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, installed_files
 from anchor_build.run import run
-from anchor_build.stage import Stage
+from anchor_build.stage import Stage, is_promised
 
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "bin", "sbin")
 HOOK_TREES = ("lib/dracut/hooks", "usr/lib/dracut/hooks", "var/lib/dracut/hooks")
@@ -67,11 +67,6 @@ def missing(
 def site_mode(name: str) -> int:
     """Return the permission bits of a file in /etc/anchor: the parameters may hold secrets."""
     return 0o600 if name == "params" else 0o644
-
-
-def is_promised(driver: str) -> bool:
-    """Whether a declared driver must be there: not a whole directory (=drivers/net), nor one with a ?."""
-    return not driver.startswith("=") and not driver.endswith("?")
 
 
 def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode: int | None) -> list[str]:

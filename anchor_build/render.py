@@ -14,7 +14,7 @@ from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
 from anchor_build.plan import Plan
 from anchor_build.registry import data_directory, find_lib
-from anchor_build.stage import DECLARATION, Param, Stage, shell_word
+from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
 
 # dracut runs modules by number; 50 to 59 are for third parties. The core comes first.
 CORE_NUMBER = 50
@@ -126,6 +126,7 @@ def _context(stage: Stage) -> dict[str, Any]:
         "word": f"{stage.kind}_{stage.word}",
         "required": [param for param in stage.params if param.required],
         "sources": [param for param in stage.params if param.source],
+        "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
         "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
         "installed": [(source, target) for source, target, _ in installed_files(stage)],
         "core_install": (core / "install-core.sh").read_text(encoding="utf-8").rstrip() if stage.is_core else "",

@@ -35,6 +35,11 @@ MODE = re.compile(r"0[0-7]{3}")
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 
 
+def is_promised(driver: str) -> bool:
+    """Whether a declared driver must be there: not a whole directory (=drivers/net), nor one with a ?."""
+    return not driver.startswith("=") and not driver.endswith("?")
+
+
 def shell_word(name: str) -> str:
     """Turn a stage's or parameter's name into the form it has in shell variables and functions."""
     return re.sub(r"[.-]", "_", name)

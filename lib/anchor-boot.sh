@@ -85,6 +85,7 @@ anchor_boot_main() {
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
     anchor_event "{\"event\":\"boot\",\"version\":$anchor_json}"
+    anchor_boot_preload
     until anchor_boot_steps; do
         anchor_recall "$anchor_step_last/step"
         set -- "$anchor_recall"
@@ -103,6 +104,18 @@ anchor_boot_main() {
     anchor_boot_set error ''
     anchor_boot_set hint ''
     anchor_boot_write
+}
+
+# usage: anchor_boot_preload
+# Loads the drivers that the last steps will need, while the first one waits for the network. Whoever needs one that is
+# not there when its turn comes asks for it once more.
+anchor_boot_preload() {
+    local drivers
+    anchor_core_anchor_drivers
+    drivers=$anchor_drivers
+    "anchor_image_${anchor_image}_drivers"
+    # shellcheck disable=SC2086 # names of drivers, one word each
+    modprobe -q -a $drivers $anchor_drivers </dev/null >/dev/null 2>&1 &
 }
 
 # usage: anchor_boot_steps

@@ -18,7 +18,6 @@ anchor_overlay_run() {
     fi
     # What an interrupted run left.
     anchor_overlay__undo "$base" "$newroot"
-    modprobe -q overlay 2>/dev/null
     if anchor_overlay__space "$base" &&
         anchor_overlay__root "$base" "$lower" "$newroot" &&
         anchor_overlay__show "$base" "$lower" "$newroot" &&
@@ -127,12 +126,11 @@ anchor_overlay__check() {
 # Mounts an overlay of LOWER on TARGET; what is written goes to BASE/upper NAME. The lower directory is named "." because
 # mount(8) and overlayfs would read commas, colons, quotes and backslashes of its real name as their own.
 anchor_overlay__mount() {
-    local upper="$1/upper$2" work="$1/work$2" error
+    local upper="$1/upper$2" work="$1/work$2" owner error
     # The root of an overlay has the mode and owner of the upper directory, not of the lower one.
     if ! error=$({
-        mkdir -p "$upper" "$work" &&
-            chown "$(stat -c %u:%g "$3")" "$upper" &&
-            chmod "$(stat -c %a "$3")" "$upper"
+        owner=$(stat -c '%a %u:%g' "$3") && mkdir -p "$upper" "$work" && chmod "${owner% *}" "$upper" &&
+            { [ "${owner#* }" = 0:0 ] || chown "${owner#* }" "$upper"; }
     } 2>&1); then
         anchor_fail "cannot prepare the writable layer: $error" "rd.anchor.overlay.size= may be too small"
         return 1

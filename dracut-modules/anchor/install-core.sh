@@ -15,6 +15,7 @@ install_core() {
     inst_hook cleanup 90 "$moddir/hook-cleanup.sh"
     install_site
     install_network
+    install_early_udev
     # ualpn gives up root for nobody; dracut knows that user, but not its group.
     grep -E '^(nobody|nogroup):' "${dracutsysrootdir-}/etc/group" >>"$initdir/etc/group"
 }
@@ -52,4 +53,22 @@ install_network() {
     inst_simple "$moddir/anchor.network" /etc/systemd/network/zz-anchor.network || exit 1
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
+}
+
+# dracut starts udev when its cmdline hooks are done, which costs a boot a second. Where no module has a hook that udev
+# could depend on, both run at the same time, and what comes after udev waits for both. dracut's pre-udev service stays
+# behind the hooks: it runs only for rd.driver.* and rd.break, and reads what they leave.
+install_early_udev() {
+    local name units="$initdir/etc/systemd/system" own="${dracutsysrootdir-}${systemdsystemunitdir-}/dracut-pre-udev.service"
+    dracut_module_included systemd-networkd && dracut_module_included dracut-systemd && [[ -e $own ]] || return 0
+    for name in ${mods_to_load-} ${modules_loaded-}; do
+        case $name in
+            base | anchor | anchor-*) ;;
+            *) ! grep -qsE 'inst_hook +(cmdline|pre-udev|pre-trigger)' "$dracutbasedir/modules.d"/[0-9][0-9]"$name"/module-setup.sh || return 0 ;;
+        esac
+    done
+    mkdir -p "$units/dracut-initqueue.service.d" || exit 1
+    sed -e '/^After=dracut-cmdline/d' -e 's/^ExecStart=/ExecStartPre=-systemctl start dracut-cmdline.service\n&/' "$own" \
+        >"$units/dracut-pre-udev.service" || exit 1
+    printf '[Unit]\nAfter=dracut-cmdline.service\n' >"$units/dracut-initqueue.service.d/anchor.conf" || exit 1
 }

@@ -34,8 +34,7 @@ anchor_squashfs_run() {
 anchor_squashfs_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
     anchor_squashfs__mounted "$1" && return 0
-    modprobe -q loop 2>/dev/null
-    modprobe -q squashfs 2>/dev/null
+    [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
     error=$(mount -t squashfs -o loop,ro "$dir/image" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" \
         "does this kernel have loop and squashfs with the image's compression? (see dmesg)"

@@ -213,6 +213,18 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
     assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
 
 
+def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
+    unit = content(built, "etc/systemd/system/dracut-pre-udev.service").decode()
+    assert "Before=systemd-udevd.service" in unit
+    assert "After=dracut-cmdline" not in unit
+    # rd.driver.*, for which this service runs, is read by dracut's cmdline service.
+    waits = unit.index("ExecStartPre=-systemctl start dracut-cmdline.service\n")
+    assert waits < unit.index("ExecStart=-/bin/dracut-pre-udev")
+    assert content(built, "etc/systemd/system/dracut-initqueue.service.d/anchor.conf") == (
+        b"[Unit]\nAfter=dracut-cmdline.service\n"
+    )
+
+
 def test_modes_do_not_depend_on_the_umask(built: Built) -> None:
     # The build ran with umask 077: a daemon of another user must get to its files all the same.
     members = built.initramfs.members

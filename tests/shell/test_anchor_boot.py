@@ -33,6 +33,7 @@ anchor_net_run() { stand_in network; }
 anchor_net_hostname() { printf 'node17\\n'; }
 anchor_clock_run() { stand_in clock; }
 anchor_overlay_run() { stand_in overlay "$@"; }
+modprobe() { printf '%s\n' "$*" >>"$ANCHOR_ROOT/modprobe"; }
 mend() {
     [ ! -e "$ANCHOR_ROOT/mended" ] || cat "$ANCHOR_ROOT/mended" >"$ANCHOR_ROOT/proc/cmdline"
 }
@@ -123,6 +124,12 @@ CALLS = [
     "mount /run/anchor/lower",
     "overlay /run/anchor/lower /newroot",
 ]
+
+
+def test_the_drivers_of_the_last_steps_are_loaded_beforehand(node: Shell, run: Run) -> None:
+    done = run("anchor_boot_cmdline && anchor_boot_main && wait")
+    assert done.returncode == 0, done.stderr
+    assert (node.root / "modprobe").read_text() == "-q -a overlay loop squashfs loop\n"
 
 
 def test_the_steps_run_in_their_order_and_are_reported(node: Shell, run: Run) -> None:

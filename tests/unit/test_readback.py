@@ -15,6 +15,7 @@ from anchor_build.plan import Plan, make_plan
 from anchor_build.readback import HOOKS, measure, missing
 from anchor_build.registry import load_registry
 from anchor_build.render import RenderedModule, installed_files, render_plan
+from anchor_build.stage import is_promised
 from tests.conftest import SITE_STAGES
 
 SITE = {"ca.pem": b"a CA", "build-time": b"1\n", "params": b"rd.anchor.local-file.pin=1234\n"}
@@ -147,7 +148,7 @@ def test_a_driver_may_be_compressed_or_spelt_otherwise(case: Case) -> None:
     ("driver", "promised"), [("nfs", True), ("nfs?", False), ("=drivers/net", False), ("virtio-net", True)]
 )
 def test_which_drivers_are_promised(driver: str, promised: bool) -> None:
-    assert readback.is_promised(driver) is promised
+    assert is_promised(driver) is promised
 
 
 def test_every_byte_has_one_owner(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

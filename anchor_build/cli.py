@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "Describe one stage and its parameters.",
     "check": "Check a kernel command line before a node sees it.",
     "doctor": "Say what this host lacks, and which package has it.",
+    "inspect": "Show what is inside a package, an initramfs or an image, or compare two.",
     "boot": "Boot a kernel and an initramfs in QEMU and watch the node's steps.",
 }
 

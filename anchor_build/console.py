@@ -92,6 +92,11 @@ class Console:
         click.echo(text, err=True, color=None if not os.environ.get("NO_COLOR") else False)
 
 
+def printable(text: str) -> str:
+    """Escape what could drive a terminal or hide in it, in text that is not ours: names in archives, a command line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lay out rows in columns two spaces apart; floats get two decimals."""
     cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]

@@ -1,24 +1,29 @@
-"""Reads what is inside a finished initramfs."""
+"""Reads what is inside a finished initramfs, and other cpio archives such as the payload of a package."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import re
+import signal
 import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
-from anchor_build.errors import AnchorError
+from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.run import run
 
 NEWC_MAGICS = (b"070701", b"070702")
 HEADER = re.compile(rb"07070[12]([0-9A-Fa-f]{104})")
 HEADER_SIZE = 110
 TRAILER = b"TRAILER!!!"
+# More than any node could unpack into its memory; a few kilobytes can be made to unpack to terabytes.
+UNPACKED_MAX = 2 << 30
 # First bytes of each compression that the kernel unpacks: lib/decompress.c.
 COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -35,13 +40,16 @@ COMPRESSIONS = {
 class Member:
     """One entry: its path without a leading slash, permission and type bits, size in bytes, content.
 
-    Of hard links only one has a size: the bytes are there once.
+    Of hard links only one has a size: the bytes are there once. `mtime` is in seconds since the epoch.
     """
 
     path: str
     mode: int
     size: int
     content: bytes
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
 
     @property
     def is_file(self) -> bool:
@@ -56,10 +64,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Initramfs:
-    """All members by path, and the compression of the main archive (`none` if it is not compressed)."""
+    """All members by path, and the compression of the main archive (`none` if it is not compressed).
+
+    `archives` is the compression and the number of members of each archive in the file: the early one, the main one.
+    """
 
     members: Mapping[str, Member]
     compression: str
+    archives: tuple[tuple[str, int], ...] = ()
 
     def resolve(self, path: str) -> Member | None:
         """Follow symbolic links inside the archive, in any component; None when the path leads nowhere."""
@@ -94,19 +106,23 @@ def read_initramfs(file: Path, work: Path | None = None) -> Initramfs:
     if not data:
         raise AnchorError(f"{file}: is not an initramfs: it is empty")
     members: dict[str, Member] = {}
+    archives = []
     compression = "none"
     while data:
-        kind = _compression(data)
+        kind = compression_of(data)
         if kind:
-            compression, data = kind, _decompress(file, data, kind, work)
+            compression, data = kind, decompress(file, data, kind, work)
         if not data.startswith(NEWC_MAGICS):
             raise AnchorError(f"{file}: is not an initramfs: neither cpio nor a known compression")
-        data = _read_archive(file, data, members)
-    return Initramfs(members, compression)
+        inside: dict[str, Member] = {}
+        data = read_archive(file, data, inside)
+        archives.append((kind or "none", len(inside)))
+        members |= inside
+    return Initramfs(members, compression, tuple(archives))
 
 
-def _read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
-    """Read one newc archive into `members`; return what follows it, padding removed.
+def read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
+    """Read one newc archive into `members`; return what follows it, padding removed. `file` is for messages.
 
     The format is that of Documentation/driver-api/early-userspace/buffer-format.rst: a header of 110 characters,
     six of magic and thirteen numbers of eight hexadecimal digits; name and content are padded to four bytes.
@@ -122,7 +138,7 @@ def _read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
             _share_content(members, links.values())
             return data[start:].lstrip(b"\0")
         path = name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
-        members[path] = Member(path, mode, size, data[start : start + size])
+        members[path] = Member(path, mode, size, data[start : start + size], fields[2], fields[3], fields[5])
         if fields[4] > 1 and members[path].is_file:
             links.setdefault(inode, []).append(path)
         position = (start + size + 3) & ~3
@@ -137,16 +153,21 @@ def _share_content(members: dict[str, Member], groups: Iterable[list[str]]) -> N
             members[path] = replace(members[path], content=content)
 
 
-def _compression(data: bytes) -> str | None:
+def compression_of(data: bytes) -> str | None:
+    """Name the compression by its first bytes; None when it is none of those that the kernel unpacks."""
     return next((name for magic, name in COMPRESSIONS.items() if data.startswith(magic)), None)
 
 
-def _decompress(file: Path, data: bytes, kind: str, directory: Path | None) -> bytes:
+def decompress(file: Path, data: bytes, kind: str, directory: Path | None) -> bytes:
+    """Unpack data of a compression; `directory` is for temporary files, `file` for messages.
+
+    Raises AnchorError when the data is broken, or unpacks to more than UNPACKED_MAX.
+    """
     try:
         if kind == "gzip":
-            return gzip.decompress(data)
+            return _unpack(file, gzip.GzipFile(fileobj=io.BytesIO(data)))
         if kind in ("xz", "lzma"):
-            return lzma.decompress(data)
+            return _unpack(file, lzma.LZMAFile(io.BytesIO(data)))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
     if kind not in ("zstd", "lz4", "bzip2"):
@@ -154,6 +175,22 @@ def _decompress(file: Path, data: bytes, kind: str, directory: Path | None) -> b
     with tempfile.TemporaryDirectory(prefix="anchor-build-", dir=directory) as work:
         packed, plain = Path(work, "packed"), Path(work, "plain")
         packed.write_bytes(data)
-        with plain.open("wb") as sink:
-            run([kind, "-d", "-q", "-c", packed], stdout=sink)
+        try:
+            with plain.open("wb") as sink:
+                run([kind, "-d", "-q", "-c", packed], stdout=sink, file_limit=UNPACKED_MAX)
+        except ProcessError as error:
+            if error.status == -signal.SIGXFSZ or plain.stat().st_size >= UNPACKED_MAX:
+                raise _too_large(file) from None
+            raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
         return plain.read_bytes()
+
+
+def _unpack(file: Path, stream: BinaryIO | gzip.GzipFile | lzma.LZMAFile) -> bytes:
+    data = stream.read(UNPACKED_MAX + 1)
+    if len(data) > UNPACKED_MAX:
+        raise _too_large(file)
+    return data
+
+
+def _too_large(file: Path) -> AnchorError:
+    return AnchorError(f"{file}: unpacks to more than {UNPACKED_MAX >> 20} MiB: it is damaged or made to do harm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_build.cpio import Initramfs, Member
@@ -103,12 +103,22 @@ class Contents:
 
 def measure(initramfs: Initramfs, plan: Plan, kernel: Kernel) -> Contents:
     """Say whose the bytes are: a file belongs to the first stage that needs it, the rest to the base system."""
-    depends = _driver_dependencies(kernel)
+    depends = driver_dependencies((kernel.modules / "modules.dep").read_text(encoding="utf-8"))
+    return measure_stages(initramfs, plan.all, depends, _libraries)
+
+
+def measure_stages(
+    initramfs: Initramfs,
+    stages: Sequence[Stage],
+    depends: Mapping[str, tuple[str, ...]],
+    libraries: Callable[[Stage], Sequence[str]],
+) -> Contents:
+    """Say whose the bytes are; `libraries` names the shared libraries of a stage's programs."""
     owners: dict[str, str] = {}
-    for stage in plan.all:
-        for path in _claims(initramfs, stage, depends):
+    for stage in stages:
+        for path in (*_claims(initramfs, stage, depends), *_found(initramfs, libraries(stage))):
             owners.setdefault(path, stage.id)
-    sizes: dict[str, int] = {stage.id: 0 for stage in plan.all}
+    sizes: dict[str, int] = {stage.id: 0 for stage in stages}
     drivers = []
     for path, member in initramfs.members.items():
         is_driver = ".ko" in path.rpartition("/")[2]
@@ -125,15 +135,15 @@ def measure(initramfs: Initramfs, plan: Plan, kernel: Kernel) -> Contents:
 def _claims(initramfs: Initramfs, stage: Stage, depends: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     targets = [target for _, target, _ in installed_files(stage)]
     programs = [find_program(initramfs, binary.name) for binary in stage.binaries]
-    yield from (member.path for target in targets if (member := initramfs.resolve(target)))
+    yield from _found(initramfs, targets)
     yield from (member.path for member in programs if member)
-    for library in _libraries(stage):
-        member = initramfs.resolve(library)
-        if member:
-            yield member.path
     wanted = {driver.rstrip("?").replace("-", "_") for driver in stage.drivers}
     wanted |= {name for driver in wanted for name in depends.get(driver, ())}
     yield from (path for path in initramfs.members if ".ko" in path and _driver_name(path) in wanted)
+
+
+def _found(initramfs: Initramfs, paths: Sequence[str]) -> Iterator[str]:
+    return (member.path for path in paths if (member := initramfs.resolve(path)))
 
 
 def _libraries(stage: Stage) -> list[str]:
@@ -145,9 +155,9 @@ def _libraries(stage: Stage) -> list[str]:
     return sorted(set(re.findall(r"(?:=> |^\s+)(/\S+) \(0x", text, re.MULTILINE)))
 
 
-def _driver_dependencies(kernel: Kernel) -> dict[str, tuple[str, ...]]:
-    text = (kernel.modules / "modules.dep").read_text(encoding="utf-8")
-    pairs = (line.partition(":") for line in text.splitlines())
+def driver_dependencies(modules_dep: str) -> dict[str, tuple[str, ...]]:
+    """Return what each driver needs, by the text of a modules.dep."""
+    pairs = (line.partition(":") for line in modules_dep.splitlines())
     return {_driver_name(name): tuple(_driver_name(path) for path in rest.split()) for name, _, rest in pairs}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -69,6 +71,7 @@ def run(
     timeout: float | None = None,
     hint: str = "",
     umask: int = -1,
+    file_limit: int | None = None,
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
@@ -76,13 +79,16 @@ def run(
     standard output goes to that open file and is not returned. The child has its own process group, which is ended
     when `timeout` (seconds) passes or the caller is interrupted.
 
-    A `umask` replaces the caller's.
+    A `umask` replaces the caller's. A child that writes a file larger than `file_limit` bytes is killed.
 
     Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
     missing or the time is up.
     """
     words = [str(word) for word in argv]
     child = start(words, env=env, cwd=cwd, log=log, stdout=stdout, stdin_pipe=input_text is not None, umask=umask)
+    if file_limit is not None:
+        with suppress(ProcessLookupError):  # it has ended already
+            resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (file_limit, file_limit))
     try:
         out, err = child.communicate(input_text, timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from anchor_build.console import Console
+from anchor_build.console import Console, printable
 from anchor_build.options import Choice, json_option, stage_options
 
 
@@ -64,8 +64,3 @@ def command(
             console.info(", ".join(f"{kind}: {name}" for kind, name in result.chosen.items()))
     if result.errors:
         sys.exit(1)
-
-
-def printable(text: str) -> str:
-    """Replace what could drive a terminal; the command line is not ours."""
-    return "".join(c if c.isprintable() else "?" for c in text)

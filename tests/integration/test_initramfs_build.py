@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from anchor_build import dracut
+from anchor_build.artifact import read_artifact
 from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.plan import make_plan
 from anchor_build.readback import find_program
@@ -262,6 +263,20 @@ def test_a_secret_is_in_the_image_only(built: Built) -> None:
     for text in (built.ended.out, built.ended.err, report):
         assert PIN not in text
         assert str(built.bench.top) not in report
+
+
+def test_inspect_tells_what_the_report_tells(built: Built) -> None:
+    found = read_artifact(built.bench.output, (SITE_STAGES,))
+    facts, report = found.facts, built.report
+    for name in ("sha256", "bytes", "anchor_build", "dracut", "drivers", "settings", "uncompressed_bytes"):
+        assert facts[name] == report[name], name
+    assert facts["kernel"] == [report["kernel"]]
+    assert set(report["dracut_modules"]) <= set(facts["dracut_modules"])
+    assert set(report["stages"]) <= set(facts["bytes_by_stage"])
+    assert facts["bytes_by_stage"]["auth-local-file"] == report["bytes_by_stage"]["auth-local-file"]
+    assert len(facts["ca_certificates"]) == 1
+    assert "private_keys" not in facts
+    assert found.entries["etc/anchor/params"].values["mode"] == "0600"
 
 
 def test_nothing_is_written_outside_the_output_and_the_cache(built: Built) -> None:

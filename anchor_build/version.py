@@ -169,22 +169,23 @@ def read_git(top: Path) -> GitState | None:
     # An installed package may lie inside somebody's checkout of something else: only our own .git counts.
     if not (top / ".git").exists() or which("git") is None:
         return None
-    if _git(top, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False).status != 0:
+    if git(top, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False).status != 0:
         return None
-    commit = _git(top, "rev-parse", "--short=7", "HEAD").stdout.strip()
-    dirty = bool(_git(top, "status", "--porcelain", "--untracked-files=normal").stdout)
-    shallow = _git(top, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+    commit = git(top, "rev-parse", "--short=7", "HEAD").stdout.strip()
+    dirty = bool(git(top, "status", "--porcelain", "--untracked-files=normal").stdout)
+    shallow = git(top, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
     match = [word for pattern in TAG_PATTERNS for word in ("--match", pattern)]
-    nearest = _git(top, "describe", "--tags", "--long", "--abbrev=7", *match, check=False)
+    nearest = git(top, "describe", "--tags", "--long", "--abbrev=7", *match, check=False)
     if nearest.status != 0:
-        count = int(_git(top, "rev-list", "--count", "HEAD").stdout)
+        count = int(git(top, "rev-list", "--count", "HEAD").stdout)
         return GitState(commit, (), count, dirty, shallow)
     tag, distance, _ = nearest.stdout.strip().rsplit("-", 2)
-    tags = _git(top, "tag", "--points-at", f"{tag}^{{commit}}", "--list", *TAG_PATTERNS).stdout.split()
+    tags = git(top, "tag", "--points-at", f"{tag}^{{commit}}", "--list", *TAG_PATTERNS).stdout.split()
     return GitState(commit, tuple(tags), int(distance), dirty, shallow)
 
 
-def _git(top: Path, *words: str, check: bool = True) -> Completed:
+def git(top: Path, *words: str, check: bool = True) -> Completed:
+    """Run git on the checkout `top` and nothing else; raises as run does."""
     # Who runs this runs the tree's Python already, so that the tree belongs to somebody else (a container's
     # user) is no reason to refuse it. The directory is named: GIT_DIR may point elsewhere, as in a git hook.
     argv = ["git", "-c", f"safe.directory={top}", f"--git-dir={top / '.git'}", f"--work-tree={top}", *words]

@@ -97,7 +97,7 @@ def image(tree: Path, kind: str, name: str = "root") -> Path:
     else:
         argv = ["mkfs.erofs", "--quiet", "-zlz4hc", "-T", str(LATER), file, tree]
     env = {**os.environ, "SOURCE_DATE_EPOCH": str(LATER)} if kind == "squashfs" else None
-    subprocess.run(argv, check=True, capture_output=True, env=env, timeout=60)
+    subprocess.run(list(map(str, argv)), check=True, capture_output=True, env=env, timeout=60)
     return file
 
 
@@ -233,7 +233,7 @@ def build(tmp_path: Path) -> Build:
         top.mkdir()
         (top / "demo.spec").write_text(SPEC)
         argv = ["rpmbuild", "--quiet", "--nodeps", mode, "--define", f"_topdir {top}", *options, top / "demo.spec"]
-        subprocess.run(argv, check=True, capture_output=True, timeout=60)
+        subprocess.run(list(map(str, argv)), check=True, capture_output=True, timeout=60)
         (made,) = (path for path in top.rglob("*.rpm"))
         return made
 
@@ -402,7 +402,7 @@ def test_an_initramfs(root: Path, tmp_path: Path, site_ca: Path) -> None:
     assert (facts["anchor_build"], facts["build_time"]) == ("0.2.0", "2023-11-14T22:13:20Z")
     assert (facts["kernel"], facts["dracut"], facts["drivers"]) == (["6.1.0-x"], "059-4", ["overlay"])
     assert facts["dracut_modules"] == ["base", "anchor"]
-    argv = ["openssl", "x509", "-in", site_ca, "-noout", "-fingerprint", "-sha256"]
+    argv = ["openssl", "x509", "-in", str(site_ca), "-noout", "-fingerprint", "-sha256"]
     printed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert facts["ca_certificates"] == [printed.partition("=")[2].strip().replace(":", "").lower()]
     assert facts["private_keys"] == ["etc/key.pem"]

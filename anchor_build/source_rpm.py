@@ -1,0 +1,198 @@
+"""The source package of anchor-build itself, as mock, Koji, OBS and Copr take it: archive and spec, nothing to fetch.
+
+`python -m anchor_build.source_rpm DIR` writes it into DIR. The source archive is also one that pip installs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import sys
+import tarfile
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import anchor_build
+from anchor_build.errors import AnchorError
+from anchor_build.run import run, which
+from anchor_build.version import Version, git, tree_version
+
+TEMPLATE = Path("specs") / "anchor-build.spec.j2"
+DECLARATION = "anchor_build/__init__.py"
+DECLARED = re.compile(rb'^__version__ = "[^"\n]*"$', re.MULTILINE)
+LIMIT_S = 60
+# Decided by the source, not by the host: what it is called, how it is packed, and who seems to have made it.
+MACROS = {
+    "dist": "%{nil}",
+    "_buildhost": "anchor-build",
+    "_source_payload": "w6.gzdio",
+    "_source_filedigest_algorithm": "8",
+}
+
+
+def tool_srpm(out: Path, top: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Make the source package of the tree `top`, by default the one that this program runs from, in `out`.
+
+    Returns its path and warnings about its version. The same tree gives the same bytes. Raises AnchorError when there
+    is no tree (an installed package), for a version that cannot be, when rpmbuild is missing or fails, and when `out`
+    cannot be written; nothing half-written is left.
+    """
+    top = Path(anchor_build.__file__).resolve().parents[1] if top is None else top.resolve()
+    if not (top / TEMPLATE).is_file():
+        raise AnchorError(f"{top}: holds no {TEMPLATE}", "run it from a checkout or a source archive of anchor-build")
+    if which("rpmbuild") is None:
+        raise AnchorError("rpmbuild is not installed", "install rpm (deb) or rpm-build (rpm)")
+    decided = tree_version(top)
+    epoch = _epoch(top)
+    name = archive_name(decided.version)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".srpm-", dir=out) as directory:
+            work = Path(directory)
+            (work / f"{name}.tar.gz").write_bytes(archive(top, decided.version, epoch))
+            spec = work / "anchor-build.spec"
+            spec.write_text(spec_text(top, decided.version, epoch), encoding="utf-8")
+            for path in work.iterdir():
+                path.chmod(0o644)
+                os.utime(path, (epoch, epoch))
+            run(srpm_arguments(), env={"SOURCE_DATE_EPOCH": str(epoch)}, cwd=work, timeout=LIMIT_S)
+            (made,) = work.glob("*.src.rpm")
+            made.chmod(0o644)
+            return made.replace(out / made.name), decided.warnings
+    except OSError as error:
+        raise AnchorError(f"{error.filename or out}: {error.strerror}") from None
+
+
+def archive_name(version: Version) -> str:
+    """Return what the source archive and its directory are called: as Python names a source distribution (PEP 625)."""
+    return f"anchor_build-{version.python}"
+
+
+def srpm_arguments() -> list[str]:
+    """Return the arguments that make a source package of the spec and the archive in the current directory, in there.
+
+    rpm keeps the spec with its macros expanded in the package (the tag SPEC): no path of this host may be in it.
+    """
+    places = dict.fromkeys(("_topdir", "_sourcedir", "_srcrpmdir", "_builddir", "_rpmdir", "_specdir"), ".")
+    defines = [word for name, value in {**places, **MACROS}.items() for word in ("--define", f"{name} {value}")]
+    # What the build needs is needed where it is built.
+    return ["rpmbuild", "-bs", "--quiet", "--nodeps", *defines, "anchor-build.spec"]
+
+
+def _epoch(top: Path) -> int:
+    """Return the time of the source in seconds since the epoch: SOURCE_DATE_EPOCH, the commit's, the newest file's."""
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is not None:
+        if not given.isdigit():
+            raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
+        return int(given)
+    if (top / ".git").exists() and which("git") is not None:
+        committed = git(top, "log", "-1", "--format=%ct", check=False)
+        if committed.status == 0:
+            return int(committed.stdout)
+    return max(int((top / path).stat().st_mtime) for path in source_files(top))
+
+
+# --- The archive ------------------------------------------------------------------------------------------
+
+
+def source_files(top: Path) -> list[str]:
+    """Return the files of a source archive below `top`: what pyproject.toml says, without what git ignores."""
+    with (top / "pyproject.toml").open("rb") as file:
+        places = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    if (top / ".git").exists() and which("git") is not None:
+        listed = git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    else:
+        listed = [str(path.relative_to(top)) for place in places for path in _below(top / place)]
+    chosen = {path for path in listed if path and path.partition("/")[0] in {*places, "pyproject.toml"}}
+    return sorted({*chosen, "pyproject.toml"})
+
+
+def _below(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    files = [path for path in place.rglob("*") if path.is_file() or path.is_symlink()]
+    return [path for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"]
+
+
+def archive(top: Path, version: Version, epoch: int) -> bytes:
+    """Return the source archive, with the version written into it; the same files give the same bytes."""
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=packed, mode="wb", mtime=epoch, filename="") as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for path in source_files(top):
+            file = top / path
+            if not file.exists() and not file.is_symlink():
+                continue  # deleted, and not yet committed: the version says dirty
+            entry = tarfile.TarInfo(f"{archive_name(version)}/{path}")
+            entry.mtime = epoch
+            if file.is_symlink():
+                entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, str(file.readlink()), 0o777
+                tar.addfile(entry)
+                continue
+            content = file.read_bytes()
+            if path == DECLARATION:
+                content = DECLARED.sub(f'__version__ = "{version.python}"'.encode(), content)
+            entry.size, entry.mode = len(content), 0o755 if os.access(file, os.X_OK) else 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+# --- The spec ---------------------------------------------------------------------------------------------
+
+
+def spec_text(top: Path, version: Version, epoch: int) -> str:
+    """Return the spec of the tool; `epoch` is the time of its last change."""
+    import jinja2
+
+    with (top / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(top / TEMPLATE.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="<#",  # {# can stand in a macro
+        comment_end_string="#>",
+        autoescape=False,  # noqa: S701 - the output is a spec, and every value is made here
+    )
+    return environment.get_template(TEMPLATE.name).render(_values(project, version, epoch))
+
+
+def _values(project: Mapping[str, Any], version: Version, epoch: int) -> dict[str, Any]:
+    needed: Sequence[str] = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    return {
+        "version": version.rpm.version,
+        "release": version.rpm.release,
+        "archive": archive_name(version),
+        # The commands are imported for the man pages, so that the build needs what they need.
+        "build_requires": [re.split(r"[^A-Za-z0-9._-]", name)[0].lower() for name in needed],
+        # In English whatever the locale: rpm reads nothing else.
+        "date": time.strftime("%a %b %d %Y", time.gmtime(epoch)),
+    }
+
+
+if __name__ == "__main__":
+    from anchor_build.console import Console
+
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m anchor_build.source_rpm DIR")
+    console = Console()
+    try:
+        package, said = tool_srpm(Path(sys.argv[1]))
+    except AnchorError as error:
+        console.error(error.message, error.hint)
+        sys.exit(error.exit_status)
+    for text in said:
+        console.warn(text)
+    click.echo(package)

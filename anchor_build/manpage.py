@@ -28,7 +28,8 @@ WIDTH = 70
 
 EXIT_STATUS = {
     "0": "Done.",
-    "1": "Failed: a build, a check or a boot did not succeed. The reason and a hint are on standard error.",
+    "1": "Failed: a build, a check or a boot did not succeed, or what inspect compares differs. The reason and a hint "
+    "are on standard error.",
     "2": "Wrong usage: an unknown command, option, stage or parameter.",
     "130": "Interrupted.",
 }

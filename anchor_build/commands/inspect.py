@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from anchor_build.artifact import Artifact, Difference, Entry
 
 WIDTH = 100
-LONG_LIST = 60  # words; what is longer is cut off unless --files asks for all
+# What is longer is cut off unless --files asks for all.
+LONG_LIST = 60
 LONG_LINES = 5
 MANY = 50
 FILE = click.Path(path_type=Path)
@@ -109,20 +110,26 @@ def show_fact(name: str, fact: Any, everything: bool) -> None:
     elif isinstance(fact, list):
         lines = _listed([printable(str(item)) for item in fact], everything)
     else:
-        lines = [printable(line) for line in str(fact).splitlines()]
+        lines = _cut([printable(line) for line in str(fact).splitlines()], everything)
     for n, line in enumerate(lines):
         click.echo(f"{blank if n else label}{line}")
 
 
 def _listed(items: list[str], everything: bool) -> list[str]:
+    if any(len(item) > 60 for item in items):
+        return _cut(items, everything)  # digests: one looks at them one by one
     shown = items if everything else items[:LONG_LIST]
     more = f"... {len(items) - len(shown)} more: --files shows all" if len(shown) < len(items) else ""
-    if any(" " in item or len(item) > 40 for item in shown):
-        shown = items if everything else items[:LONG_LINES]
-        more = f"... {len(items) - len(shown)} more: --files shows all"
-        return [*shown, *([more] if len(shown) < len(items) else [])]
+    if any(" " in item for item in shown):
+        return [*shown, *([more] if more else [])]
     lines = textwrap.wrap(" ".join(shown), WIDTH - 22, break_long_words=False, break_on_hyphens=False)
     return [f"({len(items)}) {lines[0]}" if len(items) > 10 else lines[0], *lines[1:], *([more] if more else [])]
+
+
+def _cut(lines: list[str], everything: bool) -> list[str]:
+    if everything or len(lines) <= LONG_LINES:
+        return lines
+    return [*lines[:LONG_LINES], f"... {len(lines) - LONG_LINES} more: --files shows all"]
 
 
 def _row(entry: Entry) -> list[object]:

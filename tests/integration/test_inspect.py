@@ -279,10 +279,15 @@ def test_a_source_package(build: Build) -> None:
 
 
 def test_a_package_for_people(build: Build) -> None:
-    said = inspect(build(), "--files")
+    file = build()
+    said = inspect(file, "--files")
     assert (said.status, said.err) == (0, "")
     assert "2:1.2.3~dev5.gabcdef0" in said.out
     assert "-rw-r-----  root:root      4  usr/lib/demo/file" in said.out
+    brief = inspect(file)
+    assert "usr/lib/demo/file" not in brief.out
+    assert "dracut >= 59" in brief.out
+    assert brief.err == "6 entries: --files lists them\n"
 
 
 def test_how_two_packages_differ(build: Build) -> None:

@@ -142,3 +142,11 @@ def test_programs_of_the_system_are_found_without_path(monkeypatch: pytest.Monke
     assert found.is_absolute()
     assert which("no-such-program") is None
     assert run(["sh", "-c", "echo right"]).stdout == "right\n"
+
+
+def test_a_program_may_write_no_more_than_the_limit(tmp_path: Path, processes: None) -> None:
+    with (tmp_path / "output").open("wb") as output, pytest.raises(ProcessError) as caught:
+        # It waits, so that the limit is there before its first byte.
+        run(["sh", "-c", "sleep 0.2; exec cat /dev/zero"], stdout=output, file_limit=5000, timeout=20)
+    assert caught.value.status == -signal.SIGXFSZ
+    assert (tmp_path / "output").stat().st_size == 5000

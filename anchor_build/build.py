@@ -23,6 +23,7 @@ from anchor_build.render import RenderedModule, render_plan
 from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.stage import is_promised
+from anchor_build.version import source_date_epoch
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 Step = Callable[[str], AbstractContextManager[None]]
@@ -114,13 +115,11 @@ def build_time(build: InitramfsBuild) -> int:
     """Return the build's time in seconds since the epoch: SOURCE_DATE_EPOCH, else when its newest input was changed.
 
     A clock reading would make two builds of the same inputs differ. Raises AnchorError for a
-    SOURCE_DATE_EPOCH that is no number (reproducible-builds.org/specs/source-date-epoch).
+    SOURCE_DATE_EPOCH that is no number.
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH")
+    given = source_date_epoch()
     if given is not None:
-        if not given.isdigit():
-            raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
-        return int(given)
+        return given
     inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
     inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name))]

@@ -23,7 +23,7 @@ import click
 import anchor_build
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, which
-from anchor_build.version import Version, git, tree_version
+from anchor_build.version import Version, git, source_date_epoch, tree_version
 
 TEMPLATE = Path("specs") / "anchor-build.spec.j2"
 DECLARATION = "anchor_build/__init__.py"
@@ -35,6 +35,7 @@ MACROS = {
     "_buildhost": "anchor-build",
     "_source_payload": "w6.gzdio",
     "_source_filedigest_algorithm": "8",
+    "_srcdefattr": "(0644,root,root)",
 }
 
 
@@ -89,11 +90,9 @@ def srpm_arguments() -> list[str]:
 
 def _epoch(top: Path) -> int:
     """Return the time of the source in seconds since the epoch: SOURCE_DATE_EPOCH, the commit's, the newest file's."""
-    given = os.environ.get("SOURCE_DATE_EPOCH")
+    given = source_date_epoch()
     if given is not None:
-        if not given.isdigit():
-            raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
-        return int(given)
+        return given
     if (top / ".git").exists() and which("git") is not None:
         committed = git(top, "log", "-1", "--format=%ct", check=False)
         if committed.status == 0:

@@ -18,6 +18,7 @@ tag, else the tag with its last number (or that of its rc) raised.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,6 +220,17 @@ def _declaration(top: Path) -> str:
     if found is None:
         raise InvalidFilesError([f"{file}: __version__: is missing"])
     return found[1]
+
+
+def source_date_epoch() -> int | None:
+    """Return SOURCE_DATE_EPOCH in seconds, None where it is not set (reproducible-builds.org/specs/source-date-epoch).
+
+    Raises AnchorError when it is no number.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is not None and not given.isdigit():
+        raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
+    return None if given is None else int(given)
 
 
 def rpm_version(top: Path | None = None) -> RpmVersion:

@@ -146,7 +146,7 @@ def test_a_hostile_erofs_neither_loops_nor_escapes(tree: Path) -> None:
     file = image(tree, "erofs")
     good = file.read_bytes()
     refused = 0
-    for position in [*range(1024, 1160), *range(4096 if len(good) > 8192 else 1160, min(len(good), 9000), 7)]:
+    for position in [*range(1024, 1160), *range(4096 if len(good) > 8192 else 1160, min(len(good), 9000), 17)]:
         for value in (0, 0x7F, 0xFF):
             file.write_bytes(good[:position] + bytes([value]) + good[position + 1 :])
             try:

@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from anchor_build.artifact import Artifact, read_artifact
 from anchor_build.errors import AnchorError
-from anchor_build.source_rpm import archive, source_files, tool_srpm
+from anchor_build.source_rpm import archive, source_files, srpm_arguments, tool_srpm
 from anchor_build.version import parse_tag, tree_version
 from tests.conftest import TOP
 
@@ -115,6 +116,20 @@ def unpack(package: Path, directory: Path) -> Path:
     return next(directory.glob("*.tar.gz"))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_another_user_makes_the_same_bytes(source_package: Path) -> None:
+    # Not below pytest's own directory, which is root's alone.
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        unpack(source_package, work)
+        for path in (work, *work.iterdir()):
+            os.chown(path, 65534, 65534)
+        become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        env = {"PATH": os.environ["PATH"], "HOME": name, "SOURCE_DATE_EPOCH": str(WHEN)}
+        subprocess.run([*become, *srpm_arguments()], cwd=work, env=env, check=True, capture_output=True)
+        assert (work / source_package.name).read_bytes() == source_package.read_bytes()
+
+
 def test_a_source_archive_makes_the_same_source_package(
     source_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +199,7 @@ def package(source_package: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
     offline = ["unshare", "--net"] if os.geteuid() == 0 else []
     # The version of a build is the archive's: the checkout around it is none of its business.
-    env = {"PATH": os.environ["PATH"], "HOME": str(top), "PYTEST_ADDOPTS": "--numprocesses 2"}
+    env = {"PATH": os.environ["PATH"], "HOME": str(top), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [*offline, *argv, source_package], env=env, cwd=top, capture_output=True, text=True, timeout=300, check=False
     )

@@ -144,7 +144,7 @@ def test_programs_of_the_system_are_found_without_path(monkeypatch: pytest.Monke
     assert run(["sh", "-c", "echo right"]).stdout == "right\n"
 
 
-def test_a_program_may_write_no_more_than_the_limit(tmp_path: Path, processes: None) -> None:
+def test_a_program_may_write_no_more_than_the_limit(tmp_path: Path) -> None:
     with (tmp_path / "output").open("wb") as output, pytest.raises(ProcessError) as caught:
         # It waits, so that the limit is there before its first byte.
         run(["sh", "-c", "sleep 0.2; exec cat /dev/zero"], stdout=output, file_limit=5000, timeout=20)

@@ -6,6 +6,7 @@
 #   cleanup hook     anchor_boot_handoff   boot.json goes over to the booted root, which adds when it was ready
 
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-report.sh"
+. "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-post.sh"
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-params.sh"
 
 # usage: anchor_boot_load
@@ -16,7 +17,7 @@ anchor_boot_load() {
     export LC_ALL
     for file in "$ANCHOR_LIB"/*.sh; do
         case $file in
-            */anchor-boot.sh | */anchor-report.sh | */anchor-params.sh) ;;
+            */anchor-boot.sh | */anchor-report.sh | */anchor-post.sh | */anchor-params.sh) ;;
             *) . "$file" || return 1 ;;
         esac
     done
@@ -82,6 +83,7 @@ anchor_boot_main() {
     esac
     anchor_boot_load || return 1
     anchor_boot_parse
+    anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
     anchor_event "{\"event\":\"boot\",\"version\":$anchor_json}"
@@ -124,6 +126,7 @@ anchor_boot_steps() {
     anchor_step network '' anchor_net_run || return 1
     anchor_boot_set node "$(anchor_net_hostname)"
     anchor_step clock '' anchor_clock_run || return 1
+    anchor_post_start
     anchor_step auth "auth/$anchor_auth" "anchor_${anchor_auth}_run" || return 1
     anchor_boot_credentials
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
@@ -200,7 +203,7 @@ anchor_boot_failed() {
     anchor_json "$3"
     event="$event,\"error\":$anchor_json"
     anchor_json "$4"
-    event="$event,\"hint\":$anchor_json,\"on_failure\":\"$action\"}"
+    event="$event,\"hint\":$anchor_json,\"on_failure\":\"$action\""
     anchor_boot_set result failed
     anchor_boot_set error "$3"
     anchor_boot_set hint "$4"
@@ -209,7 +212,14 @@ anchor_boot_failed() {
     anchor_say '  why:        ' "$3"
     [ -z "$4" ] || anchor_say '  what to do: ' "$4"
     anchor_say '  details:    ' "$ANCHOR_RUN/boot.log and boot.json"
-    anchor_event "$event"
+    anchor_uptime_ms
+    anchor_log_tail
+    anchor_event "$event,\"at_ms\":$anchor_uptime_ms,\"log\":$anchor_log_tail}"
+    case $action in
+        shell) ;;
+        # After these the sender is gone.
+        *) anchor_post_wait 5000 ;;
+    esac
     case $action in
         reboot)
             anchor_boot_pause "${anchor_reboot_delay:-30}"
@@ -266,13 +276,15 @@ anchor_boot_leave_unit() {
     local units="${ANCHOR_ROOT:-}/run/systemd/system"
     anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}"
     mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" &&
-        cp "$ANCHOR_LIB/anchor-report.sh" "$ANCHOR_LIB/anchor-ready.sh" "$ANCHOR_RUN/lib/" &&
+        cp "$ANCHOR_LIB/anchor-report.sh" "$ANCHOR_LIB/anchor-post.sh" "$ANCHOR_LIB/anchor-ready.sh" \
+            "$ANCHOR_RUN/lib/" &&
+        { [ ! -p "$ANCHOR_REPORT/wake" ] || cp "${ANCHOR_ROOT:-}/etc/anchor/ca.pem" "$ANCHOR_REPORT/"; } &&
         cp "${ANCHOR_ROOT:-}/usr/lib/anchor/anchor-ready.service" "$units/" &&
         ln -sfn ../anchor-ready.service "$units/multi-user.target.wants/anchor-ready.service"
 }
 
 # usage: anchor_boot_handoff
-# The last thing before switch_root, so it does no more than say when that was.
+# The last thing before switch_root, so it does no more than say when that was. The last reports get a moment.
 anchor_boot_handoff() {
     anchor_recall "$ANCHOR_RUN/steps/result"
     [ "$anchor_recall" = ok ] || return 0
@@ -282,4 +294,6 @@ anchor_boot_handoff() {
     anchor_boot_set switch_root_ms "$anchor_uptime_ms"
     anchor_boot_write
     anchor_event "{\"event\":\"switch_root\",\"at_ms\":$anchor_uptime_ms}"
+    anchor_post_wait 1000
+    anchor_post_end
 }

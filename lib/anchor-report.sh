@@ -1,11 +1,14 @@
 #!/bin/sh
 # What the node says and keeps of its boot: lines on the console and in boot.log, one record per step in
-# boot.json, and the same records as events on a terminal (rd.anchor.events=).
+# boot.json, and the same records as events: on a terminal (rd.anchor.events=) and to a server (rd.anchor.report=).
 #
 # A running step collects its facts below /run/anchor/steps/<number>/, one file per fact, because stages run in
 # subshells: files are the only thing that comes out of one. boot.json is always rewritten whole and renamed into place.
 
 ANCHOR_RUN="${ANCHOR_ROOT:-}/run/anchor"
+ANCHOR_REPORT=$ANCHOR_RUN/report
+ANCHOR_REPORT_RING=100 # events
+ANCHOR_REPORT_LOG=20   # lines of boot.log that go with a failure
 
 # usage: anchor_uptime_ms
 # Sets anchor_uptime_ms: milliseconds since the kernel started (resolution 10 ms).
@@ -226,9 +229,37 @@ anchor_boot_write() {
 }
 
 # usage: anchor_event JSON
-# Sends one line of JSON to the terminal that rd.anchor.events= names, if any. Always returns 0: who watches is no reason
-# to fail.
+# Hands one object to those who watch: the terminal that rd.anchor.events= names and the server that rd.anchor.report=
+# does, if any. Always returns 0: who watches is no reason to fail.
 anchor_event() {
+    [ ! -p "$ANCHOR_REPORT/wake" ] || anchor_event_queue "$1"
     [ -n "${anchor_events:-}" ] && [ -c "/dev/$anchor_events" ] || return 0
     printf '%s\n' "$1" 2>/dev/null >"/dev/$anchor_events" || :
+}
+
+# usage: anchor_event_queue JSON
+# Puts the object into the ring of anchor-post.sh, over the oldest one if nobody took that, and wakes the sender. Starts
+# no program and waits for nobody.
+anchor_event_queue() {
+    local n
+    anchor_recall "$ANCHOR_REPORT/next"
+    n=${anchor_recall:-0}
+    {
+        printf '%s\n%s\n' "$n" "$1" >"$ANCHOR_REPORT/$((n % ANCHOR_REPORT_RING))" &&
+            printf '%s\n' $((n + 1)) >"$ANCHOR_REPORT/next" &&
+            printf '\n' 1<>"$ANCHOR_REPORT/wake"
+    } 2>/dev/null || :
+}
+
+# usage: anchor_log_tail
+# Sets anchor_log_tail: the last lines of boot.log as a JSON array of strings.
+anchor_log_tail() {
+    local line lines=''
+    while IFS= read -r line; do
+        anchor_json "$line"
+        lines="$lines${lines:+,}$anchor_json"
+    done <<EOT
+$(tail -n "$ANCHOR_REPORT_LOG" "$ANCHOR_RUN/boot.log" 2>/dev/null)
+EOT
+    anchor_log_tail="[$lines]"
 }

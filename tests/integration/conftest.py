@@ -16,7 +16,9 @@ import testinfra
 
 from anchor_build import qemu
 from anchor_build.bootwatch import BootResult
+from contrib.reports.receiver import tls
 from contrib.site import image, pki, servers
+from tests.reports import Served, receiver
 
 LIMIT_S = 240.0  # for one boot, on a busy machine
 # A digest that no image of ours has.
@@ -25,7 +27,7 @@ WRONG_SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Site:
-    """A site on loopback: its CA, an ACME server, an image store with mutual TLS and one without."""
+    """A site on loopback: its CA, an ACME server, image stores with and without mutual TLS, a receiver of reports."""
 
     root_image: image.SiteImage
     login_key: Path
@@ -33,6 +35,7 @@ class Site:
     acme: servers.Acme
     store: servers.Store
     open_store: servers.Store
+    reports: Served
     http_port: int
     tls_port: int
 
@@ -55,6 +58,11 @@ class Site:
     def open_url(self) -> str:
         """The image over plain HTTP."""
         return f"http://10.0.2.2:{self.open_store.http_port}/image.squashfs"
+
+    @property
+    def report(self) -> str:
+        """The parameter that makes a node report here."""
+        return "rd.anchor.report=" + self.reports.url.replace("127.0.0.1", "10.0.2.2")
 
     def machine(self, initrd: Path, append: str, memory: str = "1G", rtc: str = "") -> qemu.Machine:
         """Return a node of this site whose ACME challenges and SSH come through."""
@@ -91,9 +99,10 @@ def site(root_image: image.SiteImage, tmp_path_factory: pytest.TempPathFactory) 
         servers.pebble(top / "acme", authority, http_port=ports[0], tls_port=ports[1]) as acme,
         servers.nginx(top / "store", root=www, leaf=leaf, client_ca=acme.root, plain=False) as store,
         servers.nginx(top / "open", root=www, leaf=leaf) as open_store,
+        receiver(top, tls(leaf.certificate, leaf.key, None)) as reports,
     ):
         key = image.login_key(image.CACHE)
-        yield Site(root_image, key, authority, acme, store, open_store, *ports)
+        yield Site(root_image, key, authority, acme, store, open_store, reports, *ports)
 
 
 @dataclass(frozen=True)

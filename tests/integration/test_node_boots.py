@@ -52,7 +52,7 @@ def test_hostile_text_stays_text_and_a_wrong_digest_ends_in_poweroff(
     initrd = build_initramfs("--auth", "acme", "--auth", "none", "--image", "squashfs")
     append = (
         f"root=anchor rd.anchor.auth=none rd.anchor.squashfs.url={site.open_url} "
-        f"rd.anchor.squashfs.sha256={WRONG_SHA256} rd.anchor.on_failure=poweroff "
+        f"rd.anchor.squashfs.sha256={WRONG_SHA256} rd.anchor.on_failure=poweroff {site.report} "
         '"rd.anchor.acme.eab_kid=$(reboot);reboot -f;`reboot -f`" "rd.anchor.overlay.write=/$(reboot -f);reboot"'
     )
     result = qemu.boot(site.machine(initrd, append), timeout=LIMIT_S, console=tmp_path / "console.log")
@@ -60,6 +60,12 @@ def test_hostile_text_stays_text_and_a_wrong_digest_ends_in_poweroff(
     assert WRONG_SHA256 in result.reason
     assert site.root_image.sha256 in result.reason
     assert "digest on the command line" in result.hint
+    # The machine is gone: what it had to say came before.
+    *_, failed = (event for event in site.reports.events() if event["event"] == "failed")
+    assert (failed["step"], failed["stage"], failed["on_failure"]) == ("image", "squashfs", "poweroff")
+    assert WRONG_SHA256 in failed["error"]
+    assert any("this node could not boot: step image (squashfs) failed" in line for line in failed["log"])
+    assert 5 < len(failed["log"]) <= 20
 
 
 def test_a_wrong_parameter_is_explained_on_the_console(

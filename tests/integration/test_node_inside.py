@@ -41,7 +41,7 @@ def acme_node(site: Site, build_initramfs: BuildInitramfs, tmp_path_factory: pyt
     initrd = build_initramfs("--auth", "acme", "--auth", "none", "--image", "squashfs")
     append = (
         f"root=anchor rd.anchor.acme.server={site.acme_server} rd.anchor.squashfs.url={site.url} {site.digest} "
-        "rd.anchor.clock.ntp=10.0.2.2 rd.anchor.on_failure=poweroff"
+        f"rd.anchor.clock.ntp=10.0.2.2 rd.anchor.on_failure=poweroff {site.report}"
     )
     with ntp_server(work), booted(site, site.machine(initrd, append, rtc="1970-01-01"), work) as node:
         yield node
@@ -96,6 +96,19 @@ def test_the_clock_was_set_before_the_first_tls(acme_node: Node) -> None:
     assert abs(int(acme_node.host.check_output("date +%s")) - time.time()) < 5
     clock = next(step for step in acme_node.report["steps"] if step["step"] == "clock")
     assert clock["source"] == "ntp"
+
+
+def test_every_step_was_reported_over_tls(acme_node: Node, site: Site) -> None:
+    """The image has no curl: all that the receiver knows came from the initramfs."""
+    boot = acme_node.host.file("/proc/sys/kernel/random/boot_id").content_string.strip()
+    events = [event for event in site.reports.events() if event["boot_id"] == boot]
+    assert [event["event"] for event in events] == ["boot", *["begin", "end"] * 6, "switch_root"]
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    assert {event["node"] for event in events} == {"node1.demo.example"}
+    envelope = {"event", "node", "machine", "boot_id", "seq", "received", "from"}
+    ends = [{key: event[key] for key in event.keys() - envelope} for event in events if event["event"] == "end"]
+    assert ends == acme_node.report["steps"]
+    assert ends[3]["bytes"] == site.root_image.squashfs.stat().st_size
 
 
 def test_the_store_saw_the_nodes_certificate(acme_node: Node, site: Site) -> None:

@@ -1,0 +1,1 @@
+"""A receiver for what nodes post to rd.anchor.report=."""

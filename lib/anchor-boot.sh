@@ -9,6 +9,10 @@
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-post.sh"
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-params.sh"
 
+ANCHOR_BOOT_RECORDS=60    # of steps, before they are dropped
+ANCHOR_BOOT_LOG_LINES=200 # of boot.log, that stay then
+ANCHOR_BOOT_TRIES=4       # before a reboot, where the firmware cannot count failed boots
+
 # usage: anchor_boot_load
 # Sources the libraries and stages, and makes the run directory.
 anchor_boot_load() {
@@ -97,10 +101,10 @@ anchor_boot_main() {
         set -- "$1" "$2" "${anchor_recall:-the $1 step failed without saying why}"
         anchor_recall "$anchor_step_last/hint"
         anchor_boot_failed "$@" "$anchor_recall"
-        # The records of many tries would pile up in memory.
-        [ ! -d "$ANCHOR_RUN/steps/70" ] || rm -rf "${ANCHOR_RUN:?}"/steps/[0-9]*
+        anchor_boot_forget
         anchor_boot_parse
     done
+    anchor_count_reset
     anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
     anchor_boot_set error ''
@@ -120,6 +124,17 @@ anchor_boot_preload() {
     modprobe -q -a $drivers $anchor_drivers </dev/null >/dev/null 2>&1 &
 }
 
+# usage: anchor_boot_forget
+# Drops the records of earlier tries, and all but the end of boot.log, once there are many: a node that tries for weeks
+# must not fill its memory with them.
+anchor_boot_forget() {
+    [ -d "$ANCHOR_RUN/steps/$((1000 + ANCHOR_BOOT_RECORDS))" ] || return 0
+    rm -rf "${ANCHOR_RUN:?}"/steps/[0-9]*
+    tail -n "$ANCHOR_BOOT_LOG_LINES" "$ANCHOR_RUN/boot.log" >"$ANCHOR_RUN/boot.log.new" &&
+        mv -f "$ANCHOR_RUN/boot.log.new" "$ANCHOR_RUN/boot.log"
+    anchor_info "the records of earlier tries were dropped"
+}
+
 # usage: anchor_boot_steps
 # One try at all steps; each may be repeated.
 anchor_boot_steps() {
@@ -127,8 +142,7 @@ anchor_boot_steps() {
     anchor_boot_set node "$(anchor_net_hostname)"
     anchor_step clock '' anchor_clock_run || return 1
     anchor_post_start
-    anchor_step auth "auth/$anchor_auth" "anchor_${anchor_auth}_run" || return 1
-    anchor_boot_credentials
+    anchor_boot_auth_kept || anchor_step auth "auth/$anchor_auth" anchor_boot_auth || return 1
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
     mkdir -p "$ANCHOR_RUN/lower" || return 1
     anchor_step mount "image/$anchor_image" "anchor_${anchor_image}_mount" "$ANCHOR_RUN/lower" || return 1
@@ -183,15 +197,75 @@ anchor_boot_source() {
     anchor_fail "the stage $1 is not in this initramfs" "build it with --${1%/*} ${1#*/}"
 }
 
+# usage: anchor_boot_auth
+# The auth step: what the stage leaves must be for root alone, even where the stage exits.
+anchor_boot_auth() {
+    rm -f "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
+    ("anchor_${anchor_auth}_run") && anchor_boot_credentials &&
+        anchor_keep "$ANCHOR_RUN/credentials.from" "$anchor_auth"
+}
+
 # usage: anchor_boot_credentials
 # Makes sure that no credential is readable by others, and shows them under the names that older tools expect.
 anchor_boot_credentials() {
     local file
     for file in "$ANCHOR_RUN"/credentials/*; do
-        [ ! -f "$file" ] || chmod 0600 "$file"
+        [ -f "$file" ] || continue
+        if ! chmod 0600 "$file"; then
+            anchor_fail "cannot keep the credential ${file##*/} from others" "is /run a file system with permissions?"
+            return 1
+        fi
     done
-    [ ! -e "$ANCHOR_RUN/credentials/client.crt" ] || ln -sfn "$ANCHOR_RUN/credentials/client.crt" "${ANCHOR_ROOT:-}/client.cert"
-    [ ! -e "$ANCHOR_RUN/credentials/client.key" ] || ln -sfn "$ANCHOR_RUN/credentials/client.key" "${ANCHOR_ROOT:-}/client.key"
+    anchor_boot_link client.crt client.cert
+    anchor_boot_link client.key client.key
+}
+
+# usage: anchor_boot_link FILE NAME
+anchor_boot_link() {
+    [ -e "$ANCHOR_RUN/credentials/$1" ] || return 0
+    ln -sfn "$ANCHOR_RUN/credentials/$1" "${ANCHOR_ROOT:-}/$2" || anchor_warn "older tools will not find /$2"
+}
+
+# usage: anchor_boot_auth_kept
+# Whether an earlier try of this boot left a certificate that is still good: a CA counts its orders. It is not where the
+# stage is another one, a server refused it, it ends within 5 minutes, or this shell cannot tell when it ends.
+anchor_boot_auth_kept() {
+    local until now
+    anchor_recall "$ANCHOR_RUN/credentials.from"
+    [ "$anchor_recall" = "$anchor_auth" ] && [ ! -e "$ANCHOR_REJECTED" ] &&
+        [ -s "$ANCHOR_RUN/credentials/client.crt" ] && [ -s "$ANCHOR_RUN/credentials/client.key" ] || return 1
+    until=$(anchor_boot_not_after "$ANCHOR_RUN/credentials/client.crt") &&
+        now=$(date -u -d "@$(($(date +%s) + 300))" +%y%m%d%H%M%S) && [ "$now" -lt "$until" ] || return 1
+    anchor_info "auth (${anchor_auth}): the certificate of this boot is still good"
+}
+
+# usage: anchor_boot_not_after FILE
+# Prints the end of the validity of the first certificate in a PEM file, as YYMMDDhhmmss. In DER both ends stand side by
+# side as UTCTime (RFC 5280, 4.1.2.5: until 2049), which is tag 17, length 0d and digits. Status 1 where they do not.
+anchor_boot_not_after() {
+    local line body='' bytes
+    while IFS= read -r line; do
+        case $line in
+            *BEGIN*) ;;
+            *END*) break ;;
+            *) body="$body$line" ;;
+        esac
+    done <"$1"
+    bytes=$(printf '%s' "$body" | base64 -d 2>/dev/null | od -An -v -tx1 -w8192)
+    case $bytes in
+        *" 30 1e 17 0d 3"*" 5a 17 0d 3"*) bytes=${bytes#*" 30 1e 17 0d "} ;;
+        *) return 1 ;;
+    esac
+    bytes=${bytes#*" 5a 17 0d "}
+    line=
+    for bytes in ${bytes%%" 5a"*}; do
+        # The second figure of an ASCII digit's code is that digit.
+        line=$line${bytes#3}
+    done
+    case $line in
+        ????????????) printf '%s' "$line" ;;
+        *) return 1 ;;
+    esac
 }
 
 # usage: anchor_boot_failed STEP STAGE ERROR HINT
@@ -214,16 +288,14 @@ anchor_boot_failed() {
     anchor_say '  details:    ' "$ANCHOR_RUN/boot.log and boot.json"
     anchor_uptime_ms
     anchor_log_tail
-    anchor_event "$event,\"at_ms\":$anchor_uptime_ms,\"log\":$anchor_log_tail}"
-    case $action in
-        shell) ;;
-        # After these the sender is gone.
-        *) anchor_post_wait 5000 ;;
-    esac
+    event="$event,\"at_ms\":$anchor_uptime_ms,\"log\":$anchor_log_tail}"
+    # Who watches the terminal may take this for the end and switch the node off: the server comes first.
+    anchor_event_queue "$event"
+    anchor_post_wait 5000
+    anchor_event_show "$event"
     case $action in
         reboot)
-            anchor_boot_pause "${anchor_reboot_delay:-30}"
-            anchor_boot_sysrq b
+            anchor_boot_reboot
             return
             ;;
         poweroff)
@@ -240,11 +312,31 @@ anchor_boot_failed() {
     [ $((anchor_uptime_ms - since)) -ge 5000 ] || anchor_boot_pause 30
 }
 
+# usage: anchor_boot_reboot
+# Reboots after a random part of a window that doubles with each failure in a row, from rd.anchor.reboot_delay to
+# rd.anchor.reboot_delay_max. Where the firmware cannot count them, the same happens in place: this returns, to try
+# again, until the boot has failed ANCHOR_BOOT_TRIES times.
+anchor_boot_reboot() {
+    local failures window="${anchor_reboot_delay:-30}" most="${anchor_reboot_delay_max:-900}" n=1
+    anchor_boot__failures=$((${anchor_boot__failures:-0} + 1))
+    anchor_count_up
+    failures=${anchor_count:-$anchor_boot__failures}
+    while [ "$n" -lt "$failures" ] && [ "$window" -lt "$most" ]; do
+        window=$((window * 2))
+        n=$((n + 1))
+    done
+    [ "$window" -le "$most" ] || window=$most
+    anchor_info "failure $failures in a row${anchor_count:+, as the firmware counts}"
+    anchor_boot_pause "$window"
+    [ -n "$anchor_count" ] || [ "$anchor_boot__failures" -ge "$ANCHOR_BOOT_TRIES" ] || return 0
+    anchor_boot_sysrq b
+}
+
 # usage: anchor_boot_pause SECONDS
 # Waits a random part of SECONDS, and says so: nodes that failed together must not come back together.
 anchor_boot_pause() {
     local random
-    random=$(od -An -N2 -tu2 /dev/urandom)
+    random=$(od -An -N4 -tu4 /dev/urandom)
     random=$((${random##* } % ($1 + 1)))
     anchor_info "going on in $random s"
     sleep "$random"

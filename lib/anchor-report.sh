@@ -7,6 +7,7 @@
 
 ANCHOR_RUN="${ANCHOR_ROOT:-}/run/anchor"
 ANCHOR_REPORT=$ANCHOR_RUN/report
+ANCHOR_REJECTED=$ANCHOR_RUN/credentials.rejected
 ANCHOR_REPORT_RING=100 # events
 ANCHOR_REPORT_LOG=20   # lines of boot.log that go with a failure
 
@@ -89,6 +90,12 @@ anchor_fail() {
         anchor_keep "$anchor_step_dir/hint" "${2:-}"
     fi
     return 1
+}
+
+# usage: anchor_reject_credentials
+# Notes that a server did not accept what the auth step left: another try gets new credentials.
+anchor_reject_credentials() {
+    : 2>/dev/null >"$ANCHOR_REJECTED" || :
 }
 
 # usage: anchor_note KEY VALUE
@@ -229,12 +236,11 @@ anchor_boot_write() {
 }
 
 # usage: anchor_event JSON
-# Hands one object to those who watch: the terminal that rd.anchor.events= names and the server that rd.anchor.report=
+# Hands one object to those who watch: the server that rd.anchor.report= names and the terminal that rd.anchor.events=
 # does, if any. Always returns 0: who watches is no reason to fail.
 anchor_event() {
-    [ ! -p "$ANCHOR_REPORT/wake" ] || anchor_event_queue "$1"
-    [ -n "${anchor_events:-}" ] && [ -c "/dev/$anchor_events" ] || return 0
-    printf '%s\n' "$1" 2>/dev/null >"/dev/$anchor_events" || :
+    anchor_event_queue "$1"
+    anchor_event_show "$1"
 }
 
 # usage: anchor_event_queue JSON
@@ -242,6 +248,7 @@ anchor_event() {
 # no program and waits for nobody.
 anchor_event_queue() {
     local n
+    [ -p "$ANCHOR_REPORT/wake" ] || return 0
     anchor_recall "$ANCHOR_REPORT/next"
     n=${anchor_recall:-0}
     {
@@ -249,6 +256,13 @@ anchor_event_queue() {
             printf '%s\n' $((n + 1)) >"$ANCHOR_REPORT/next" &&
             printf '\n' 1<>"$ANCHOR_REPORT/wake"
     } 2>/dev/null || :
+}
+
+# usage: anchor_event_show JSON
+# Writes the object as one line to the terminal.
+anchor_event_show() {
+    [ -n "${anchor_events:-}" ] && [ -c "/dev/$anchor_events" ] || return 0
+    printf '%s\n' "$1" 2>/dev/null >"/dev/$anchor_events" || :
 }
 
 # usage: anchor_log_tail

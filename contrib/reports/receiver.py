@@ -2,7 +2,7 @@
 
 An example of a receiver, complete but small: one process, one file, no state but that. A node posts its events as
 JSON lines (application/x-ndjson), several in one request; each has `node` (its name), `machine` (what stays when the
-name changes), `boot_id` (one of its boots) and `seq` (the event's number in that boot), and is answered with status 204.
+name changes), `boot_id` (one of its boots) and `seq` (the number of the event in that boot); the answer is status 204.
 An event may come twice; the second one is not kept. GET / shows the table, GET /nodes.json the same for programs.
 
     python -m contrib.reports.receiver --listen 0.0.0.0:8443 --certificate crt.pem --key key.pem reports.jsonl

@@ -351,8 +351,9 @@ anchor_https__untrusted() {
 }
 
 # usage: anchor_https__identity
-# Sets anchor_https_identity: a sentence on what this node showed of itself.
+# Sets anchor_https_identity: a sentence on what this node showed of itself, which a server has just refused.
 anchor_https__identity() {
+    anchor_reject_credentials
     if [ ! -s "$credentials/client.crt" ] || [ ! -s "$credentials/client.key" ]; then
         anchor_https_identity="this node has no client certificate: an auth stage gets one"
         return 0

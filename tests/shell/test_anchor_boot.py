@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
+from contrib.site import pki
 from tests.conftest import SITE_STAGES, TOP, LayOut
 from tests.shell.conftest import Shell
 
@@ -201,6 +203,94 @@ def test_a_failed_step_says_why_and_is_tried_again_after_the_shell(node: Shell, 
     assert len(found["steps"]) == len(before) + len(STEPS)
 
 
+def certificate(directory: Path, minutes: int = 60) -> Path:
+    """Make a certificate that ends that many minutes from now."""
+    end = (datetime.now(UTC) + timedelta(minutes=minutes)).strftime("%Y%m%d%H%M%SZ")
+    return pki.issue(pki.make_authority(directory / "ca"), directory, "node17", not_after=end).certificate
+
+
+def leave(node: Shell, leaf: Path) -> None:
+    """Let the auth stage leave this certificate."""
+    stage = node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh"
+    text = STAGES["auth/20-local-file"].replace("printf 'a certificate\\n' >", f"cat {leaf} >")
+    assert str(leaf) in text
+    stage.write_text(text)
+
+
+def test_a_certificate_that_is_still_good_is_not_ordered_again(node: Shell, run: Run, tmp_path: Path) -> None:
+    leave(node, certificate(tmp_path))
+    fail(node, "image", 2)
+    done = run()
+    assert [call.split()[0] for call in calls(node)].count("auth") == 1
+    assert [call.split()[0] for call in calls(node)].count("image") == 3
+    assert done.stderr.count("auth (local_file): the certificate of this boot is still good") == 2
+    assert report(node)["result"] == "ok"
+    assert [step["step"] for step in report(node)["steps"]].count("auth") == 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "anchor_reject_credentials",
+        'rm "$ANCHOR_ROOT/run/anchor/credentials/client.key"',
+        ': >"$ANCHOR_ROOT/run/anchor/credentials/client.crt"',
+        'printf "garbage\\n" >"$ANCHOR_ROOT/run/anchor/credentials/client.crt"',
+        'printf "none\\n" >"$ANCHOR_ROOT/run/anchor/credentials.from"',
+    ],
+    ids=["refused", "key gone", "empty", "garbage", "another stage"],
+)
+def test_what_is_of_no_use_is_ordered_again(node: Shell, run: Run, tmp_path: Path, loss: str) -> None:
+    leave(node, certificate(tmp_path))
+    text = STAGES["image/10-squashfs"].replace(
+        "anchor_squashfs_run() {", f'anchor_squashfs_run() {{\n[ ! -s "$ANCHOR_ROOT/fail-image" ] || {loss}\n'
+    )
+    (node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh").write_text(text)
+    fail(node, "image")
+    assert run().returncode == 0
+    assert [call.split()[0] for call in calls(node)].count("auth") == 2
+
+
+@pytest.mark.parametrize("minutes", [4, -5])
+def test_a_certificate_near_its_end_is_ordered_again(node: Shell, run: Run, tmp_path: Path, minutes: int) -> None:
+    leave(node, certificate(tmp_path, minutes))
+    fail(node, "image")
+    assert run().returncode == 0
+    assert [call.split()[0] for call in calls(node)].count("auth") == 2
+
+
+def test_a_credential_that_cannot_be_protected_fails_the_step(node: Shell, run: Run) -> None:
+    stand_ins = node.root / "usr/lib/anchor/lib/zz-stand-ins.sh"
+    failing = '[ "$1" != 0600 ] || [ -e "$ANCHOR_ROOT/once" ] || { touch "$ANCHOR_ROOT/once"; return 1; }'
+    stand_ins.write_text(STAND_INS + f'chmod() {{ {failing}; command chmod "$@"; }}\n')
+    done = run()
+    assert "why:        cannot keep the credential client.crt from others" in done.stderr
+    assert [call.split()[0] for call in calls(node)].count("auth") == 2
+    (failed,) = [step for step in report(node)["steps"] if step["result"] == "failed"]
+    assert failed["step"] == "auth"
+
+
+def test_many_tries_leave_few_records(node: Shell, run: Run) -> None:
+    fail(node, "image", 34)
+    done = run("ANCHOR_BOOT_LOG_LINES=50; anchor_boot_cmdline && anchor_boot_main")
+    assert done.returncode == 0
+    assert "the records of earlier tries were dropped" in done.stderr
+    assert len(report(node)["steps"]) < 75
+    assert [step["step"] for step in report(node)["steps"][-6:]] == STEPS
+    log = (node.root / "run/anchor/boot.log").read_text().splitlines()
+    assert len(log) < len(done.stderr.splitlines()) - 50
+
+
+def test_a_failure_tells_its_last_lines(node: Shell, run: Run) -> None:
+    fail(node, "clock")
+    script = 'anchor_post_start() { :; }; anchor_boot_cmdline && anchor_boot_main; cat "$ANCHOR_REPORT"/[0-9]*'
+    done = run(script, f"{LINE} rd.anchor.report=http://127.0.0.1:9/")
+    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    [failed] = [event for event in events if event["event"] == "failed"]
+    assert failed["at_ms"] > 0
+    assert any(line.endswith("error: the clock is broken") for line in failed["log"])
+    assert failed["log"][-1].endswith("boot.log and boot.json")
+
+
 def test_the_report_tells_of_a_failure_while_the_shell_waits(node: Shell, run: Run) -> None:
     fail(node, "auth")
     keep_report(node)
@@ -233,15 +323,63 @@ def test_a_step_does_not_read_the_console(node: Shell, run: Run) -> None:
     assert (node.root / "read").read_text() == "<>"
 
 
-def test_reboot_after_a_random_pause(node: Shell, run: Run) -> None:
+EFIVARS = "sys/firmware/efi/efivars"
+REBOOT = f"{LINE} rd.anchor.on_failure=reboot rd.anchor.reboot_delay=5 rd.anchor.reboot_delay_max=30"
+
+
+def count_file(node: Shell) -> Path:
+    """Give the node a directory that stands in for efivarfs; return where the count goes."""
+    directory = node.root / EFIVARS
+    directory.mkdir(parents=True)
+    (directory / "BootOrder-8be4df61-93ca-11d2-aa0d-00e098032b8c").write_bytes(b"\7\0\0\0\1\0")
+    return directory / "AnchorFailedBoots-6f1d5a0c-93f6-4c1b-9c55-0d4a1e4c7b36"
+
+
+def pauses(node: Shell) -> list[int]:
+    return [int(call.removeprefix("sleep ")) for call in calls(node) if call.startswith("sleep ")]
+
+
+def test_a_firmware_that_counts_makes_each_reboot_later(node: Shell, run: Run) -> None:
+    counter = count_file(node)
+    counter.write_bytes(b"\7\0\0\0\2")
     fail(node, "network")
-    done = run(line=f"{LINE} rd.anchor.on_failure=reboot rd.anchor.reboot_delay=5")
+    done = run(line=REBOOT)
+    # The stand-in for the kernel does not reboot, so the boot goes on, and its success ends the count.
     assert (node.root / "proc/sys/kernel/sysrq").read_text() == "1\n"
     assert (node.root / "proc/sysrq-trigger").read_text() == "b\n"
-    network, pause = calls(node)[:2]
-    assert network == "network"
-    assert 0 <= int(pause.removeprefix("sleep ")) <= 5
+    assert calls(node)[0] == "network"
+    assert 0 <= pauses(node)[0] <= 20
+    assert pauses(node)[1] == 30
     assert "the network is broken" in done.stderr
+    assert "failure 3 in a row, as the firmware counts" in done.stderr
+    assert not counter.exists()
+
+
+@pytest.mark.parametrize(
+    ("failures", "window"), [("1", 5), ("2", 10), ("3", 20), ("4", 30), ("15", 30)], ids=lambda value: str(value)
+)
+def test_the_wait_doubles_up_to_its_limit(node: Shell, run: Run, failures: str, window: int) -> None:
+    script = f"anchor_boot_load; anchor_boot_parse; anchor_count_up() {{ anchor_count={failures}; }}\n"
+    script += 'anchor_boot_pause() { printf "%s " "$1"; }; anchor_boot_sysrq() { printf "%s" "$1"; }\n'
+    assert run(script + "anchor_boot_reboot", REBOOT).stdout == f"{window} b"
+
+
+def test_without_such_a_firmware_it_tries_again_in_place_before_the_reboot(node: Shell, run: Run) -> None:
+    fail(node, "network", 4)
+    done = run(line=REBOOT)
+    waits = pauses(node)
+    assert all(0 <= wait <= most for wait, most in zip(waits, (5, 10, 20, 30), strict=False))
+    assert len(waits) == 5  # the last one is for the kernel to act
+    assert calls(node)[:8:2] == ["network"] * 4
+    assert (node.root / "proc/sysrq-trigger").read_text() == "b\n"
+    assert [f"failure {n} in a row\n" in done.stderr for n in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+
+
+def test_three_failures_in_place_need_no_reboot(node: Shell, run: Run) -> None:
+    fail(node, "network", 3)
+    assert run(line=REBOOT).returncode == 0
+    assert not (node.root / "proc/sysrq-trigger").exists()
+    assert report(node)["result"] == "ok"
 
 
 def test_poweroff_at_once(node: Shell, run: Run) -> None:

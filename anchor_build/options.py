@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from anchor_build.plan import Plan, make_plan, whole_plan
+from anchor_build.plan import DEFAULTS, Plan, make_plan, whole_plan
 from anchor_build.registry import Registry, load_registry
 from anchor_build.stage import KINDS
 
@@ -78,9 +78,8 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, choice=Choice(**chosen), **kwargs)
 
     command: Callable[..., Any] = gather
-    defaults = {"auth": "none", "transport": "https", "image": ""}
     for kind in reversed(KINDS):
-        default = f" Default: {defaults[kind]}." if defaults[kind] else ""
+        default = f" Default: {DEFAULTS[kind]}." if kind in DEFAULTS else ""
         command = click.option(
             f"--{kind}",
             multiple=True,

@@ -9,6 +9,9 @@ from anchor_build.errors import UsageError
 from anchor_build.registry import Registry
 from anchor_build.stage import KINDS, Param, Stage
 
+# The stage of a kind that a build has where none is named; an image has to be named.
+DEFAULTS = {"auth": "none", "transport": "https"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,12 +46,13 @@ def make_plan(
     transport: Sequence[str] = (),
     image: Sequence[str] = (),
 ) -> Plan:
-    """Choose stages by name; without a name, auth is `none` and transport is the first one, https.
+    """Choose stages by name; without a name, those of DEFAULTS.
 
     Raises UsageError for an unknown stage, stages that exclude each other, or no image.
     """
     chosen: list[Stage] = []
-    wanted = {"auth": auth or ("none",), "transport": transport or ("https",), "image": image}
+    named = {"auth": auth, "transport": transport, "image": image}
+    wanted = {kind: names or tuple(filter(None, [DEFAULTS.get(kind)])) for kind, names in named.items()}
     for kind in KINDS:
         found = {name: registry.find(kind, name) for name in wanted[kind]}
         chosen += sorted(found.values(), key=lambda stage: stage.rank)

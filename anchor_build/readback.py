@@ -11,17 +11,13 @@ from anchor_build.cpio import Initramfs, Member
 from anchor_build.dracut import find_program as find_program_of_host
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
-from anchor_build.render import RenderedModule, installed_files
+from anchor_build.render import HOOKS, NETWORK_FILE, RenderedModule, installed_files
 from anchor_build.run import run
 from anchor_build.stage import Stage, is_promised
 
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "bin", "sbin")
 HOOK_TREES = ("lib/dracut/hooks", "usr/lib/dracut/hooks", "var/lib/dracut/hooks")
-HOOKS = {
-    "cmdline": "20-hook-cmdline.sh",
-    "pre-mount": "50-hook-pre-mount.sh",
-    "cleanup": "90-hook-cleanup.sh",
-}
+NETWORKD = "usr/lib/systemd/systemd-networkd"
 
 
 def missing(
@@ -54,12 +50,18 @@ def missing(
             problems += _compare(initramfs, stage.id, target, module.files[source].content, mode)
     for name, content in site.items():
         problems += _compare(initramfs, "anchor", f"/etc/anchor/{name}", content, site_mode(name))
-    for hook, name in HOOKS.items():
+    if initramfs.resolve(NETWORKD):
+        # With another network module there is no such file: its own way is ip= and rd.neednet.
+        source, target = NETWORK_FILE
+        problems += _compare(initramfs, "anchor", target, modules[0].files[source].content, 0o644)
+    for hook, number in HOOKS.items():
+        source = f"hook-{hook}.sh"
+        name = f"{number}-{source}"
         tree = next((tree for tree in HOOK_TREES if initramfs.resolve(f"{tree}/{hook}/{name}")), None)
         if tree is None:
             problems.append(f"anchor: the {hook} hook is not inside")
         else:
-            content = modules[0].files[name.partition("-")[2]].content
+            content = modules[0].files[source].content
             problems += _compare(initramfs, "anchor", f"/{tree}/{hook}/{name}", content, None)
     return problems
 

@@ -14,6 +14,7 @@ from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
 from anchor_build.plan import Plan
 from anchor_build.registry import data_directory, find_lib
+from anchor_build.settings import SYSTEM_BUNDLES
 from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
 
 # dracut runs modules by number; 50 to 59 are for third parties. The core comes first.
@@ -22,13 +23,10 @@ KIND_NUMBERS = {"auth": 51, "transport": 52, "image": 53}
 
 NODE_LIB = "/usr/lib/anchor/lib"
 NODE_STAGES = "/usr/lib/anchor/stages"
-CORE_FILES = (
-    "hook-cmdline.sh",
-    "hook-pre-mount.sh",
-    "hook-cleanup.sh",
-    "anchor-ready.service",
-    "anchor.network",
-)
+# dracut's hooks that the core has a script in, and when that runs among others.
+HOOKS = {"cmdline": 20, "pre-mount": 50, "cleanup": 90}
+NETWORK_FILE = ("anchor.network", "/etc/systemd/network/zz-anchor.network")
+CORE_FILES = (*(f"hook-{hook}.sh" for hook in HOOKS), NETWORK_FILE[0])
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,9 @@ def _context(stage: Stage) -> dict[str, Any]:
         "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
         "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
         "installed": [(source, target) for source, target, _ in installed_files(stage)],
+        "hooks": HOOKS,
+        "ca_bundles": [str(path) for path in SYSTEM_BUNDLES],
+        "network_file": NETWORK_FILE,
         "core_install": (core / "install-core.sh").read_text(encoding="utf-8").rstrip() if stage.is_core else "",
     }
 

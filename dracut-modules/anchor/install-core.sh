@@ -10,9 +10,10 @@ network_module() {
 }
 
 install_core() {
-    inst_hook cmdline 20 "$moddir/hook-cmdline.sh"
-    inst_hook pre-mount 50 "$moddir/hook-pre-mount.sh"
-    inst_hook cleanup 90 "$moddir/hook-cleanup.sh"
+    local n
+    for ((n = 0; n < ${#hooks[@]}; n += 2)); do
+        inst_hook "${hooks[n]}" "${hooks[n + 1]}" "$moddir/hook-${hooks[n]}.sh"
+    done
     install_site
     install_network
     install_early_udev
@@ -24,23 +25,24 @@ install_core() {
 # without anchor-build it is the host's own /etc/anchor.
 install_site() {
     local etc="${ANCHOR_ETC:-${dracutsysrootdir-}/etc/anchor}" name
-    mkdir -p "$initdir/etc/anchor" "$initdir/etc/ssl/certs" "$initdir/etc/pki/tls/certs"
+    mkdir -p "$initdir/etc/anchor"
     for name in ca.pem params build-time; do
         [[ ! -e $etc/$name ]] || inst_simple "$etc/$name" "/etc/anchor/$name" || exit 1
     done
     [[ -e $initdir/etc/anchor/build-time ]] ||
         printf '%s\n' "${SOURCE_DATE_EPOCH:-$(date +%s)}" >"$initdir/etc/anchor/build-time"
     if [[ ! -e $initdir/etc/anchor/ca.pem ]]; then
-        for name in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
+        for name in "${bundles[@]}"; do
             [[ -e ${dracutsysrootdir-}$name ]] || continue
             cp -L "${dracutsysrootdir-}$name" "$initdir/etc/anchor/ca.pem"
             break
         done
     fi
     # One trust for every program: the paths that the distributions' TLS libraries read, and the one of older tools.
-    ln -sfn /etc/anchor/ca.pem "$initdir/etc/ssl/certs/ca-certificates.crt"
-    ln -sfn /etc/anchor/ca.pem "$initdir/etc/pki/tls/certs/ca-bundle.crt"
-    ln -sfn /etc/anchor/ca.pem "$initdir/ca.pem"
+    for name in "${bundles[@]}" /ca.pem; do
+        mkdir -p "$initdir${name%/*}"
+        ln -sfn /etc/anchor/ca.pem "$initdir$name"
+    done
 }
 
 install_network() {
@@ -50,7 +52,7 @@ install_network() {
         dracut_need_initqueue
         return
     fi
-    inst_simple "$moddir/anchor.network" /etc/systemd/network/zz-anchor.network || exit 1
+    inst_simple "$moddir/${network_file[0]}" "${network_file[1]}" || exit 1
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
 }

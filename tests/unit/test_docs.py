@@ -20,7 +20,7 @@ from anchor_build.cli import COMMANDS, cli
 from anchor_build.describe import reference
 from anchor_build.plan import make_plan
 from anchor_build.registry import ENTRY_POINT_GROUP, load_registry
-from anchor_build.render import render_plan, write_modules
+from anchor_build.render import HOOKS, render_plan, write_modules
 from contrib.site.image import ENABLED
 
 TOP = Path(__file__).resolve().parents[2]
@@ -146,6 +146,12 @@ def test_readme_names_every_command_and_stage() -> None:
     assert re.findall(r"^\| `anchor-build (\S+)` ", text, re.MULTILINE) == list(COMMANDS)
     rows = re.findall(r"^\| (\w+) \| `(\w+)` ", text, re.MULTILINE)
     assert rows == [(stage.kind, stage.name) for stage in load_registry().stages]
+
+
+def test_hooks_of_the_architecture_are_those_of_the_core() -> None:
+    text = (TOP / "doc" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^([a-z-]+) (\d+) +anchor_boot_\w+ ", text, re.MULTILINE)
+    assert rows == [(hook, str(number)) for hook, number in HOOKS.items()]
 
 
 def test_tutorial_makes_the_image_as_the_demo_does() -> None:

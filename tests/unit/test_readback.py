@@ -12,9 +12,9 @@ from anchor_build import readback
 from anchor_build.cpio import Initramfs, Member
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan, make_plan
-from anchor_build.readback import HOOKS, measure, missing
+from anchor_build.readback import NETWORKD, measure, missing
 from anchor_build.registry import load_registry
-from anchor_build.render import RenderedModule, installed_files, render_plan
+from anchor_build.render import HOOKS, NETWORK_FILE, RenderedModule, installed_files, render_plan
 from anchor_build.stage import is_promised
 from tests.conftest import SITE_STAGES
 
@@ -56,8 +56,11 @@ def members(plan: Plan, modules: tuple[RenderedModule, ...]) -> dict[str, Member
             add(f"usr/bin/{binary.name}", b"program", 0o755)
     for name, content in SITE.items():
         add(f"etc/anchor/{name}", content, 0o600 if name == "params" else 0o644)
-    for hook, name in HOOKS.items():
-        add(f"usr/lib/dracut/hooks/{hook}/{name}", modules[0].files[name.split("-", 1)[1]].content, 0o755)
+    for hook, number in HOOKS.items():
+        script = modules[0].files[f"hook-{hook}.sh"].content
+        add(f"usr/lib/dracut/hooks/{hook}/{number}-hook-{hook}.sh", script, 0o755)
+    add(NETWORKD, b"program", 0o755)
+    add(NETWORK_FILE[1], modules[0].files[NETWORK_FILE[0]].content)
     found["lib"] = Member("lib", stat.S_IFLNK | 0o777, 7, b"usr/lib")
     add("usr/lib/modules/6.1.0/kernel/fs/squashfs/squashfs.ko", b"driver")
     return found
@@ -81,7 +84,7 @@ def test_nothing_is_missing(case: Case) -> None:
 
 
 GONE = {
-    "usr/bin/curl": "transport-https: the program curl is not inside",
+    "usr/bin/ip": "anchor: the program ip is not inside",
     "usr/bin/tac": "auth-local-file: the program tac is not inside",
     "usr/lib/modules/6.1.0/kernel/fs/squashfs/squashfs.ko": "image-squashfs: the driver squashfs is not inside",
     "usr/share/site/notice.txt": "auth-local-file: /usr/share/site/notice.txt is not inside",
@@ -130,11 +133,11 @@ def test_another_mode_is_named(case: Case, path: str, problem: str) -> None:
 
 def test_a_program_may_be_a_link_to_another_one(case: Case) -> None:
     members = case[0]
-    members["usr/sbin/curl"] = Member("usr/sbin/curl", stat.S_IFLNK | 0o777, 0, b"/usr/bin/tac")
-    del members["usr/bin/curl"]
+    members["usr/sbin/ip"] = Member("usr/sbin/ip", stat.S_IFLNK | 0o777, 0, b"/usr/bin/tac")
+    del members["usr/bin/ip"]
     assert said(case) == []
-    members["usr/sbin/curl"] = replace(members["usr/sbin/curl"], content=b"/usr/bin/gone")
-    assert said(case) == ["transport-https: the program curl is not inside"]
+    members["usr/sbin/ip"] = replace(members["usr/sbin/ip"], content=b"/usr/bin/gone")
+    assert said(case) == ["anchor: the program ip is not inside"]
 
 
 def test_a_driver_may_be_compressed_or_spelt_otherwise(case: Case) -> None:
@@ -168,3 +171,14 @@ def test_every_byte_has_one_owner(case: Case, monkeypatch: pytest.MonkeyPatch) -
     assert contents.largest[0][1] >= contents.largest[1][1]
     assert contents.drivers == ("squashfs", "virtio_net")
     assert contents.files == sum(member.is_file for member in members.values())
+
+
+def test_the_networks_configuration_goes_with_networkd(case: Case) -> None:
+    members, *_ = case
+    name = NETWORK_FILE[1].strip("/")
+    members[name] = replace(members[name], content=b"[Match]\n")
+    assert said(case) == [f"anchor: {NETWORK_FILE[1]} is inside with other content"]
+    del members[name]
+    assert said(case) == [f"anchor: {NETWORK_FILE[1]} is not inside"]
+    del members[NETWORKD]
+    assert said(case) == []

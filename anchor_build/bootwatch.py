@@ -246,7 +246,7 @@ def describe(event: Event) -> str:
     """Return one line that says what an event reports."""
     match event:
         case Boot():
-            return f"anchor {event.version} started"
+            return f"anchor {event.version} started" + (f" on kernel {event.kernel}" if event.kernel else "")
         case Begin():
             return f"step {step_name(event)} began at {event.at_ms / 1000:.1f} s"
         case End():

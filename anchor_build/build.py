@@ -41,7 +41,6 @@ class InitramfsBuild:
     drivers: tuple[str, ...] = ()
     compress: str | None = None
     warnings: tuple[str, ...] = ()
-    work: Path | None = None
     # Called with each line of dracut's log when it matters (-v).
     tell: Callable[[str], None] = field(default=lambda line: None)
 
@@ -66,7 +65,7 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
     installed = dracut.find_dracut()
     _check_host(build, installed)
     modules = render_plan(build.plan)
-    with _disk_errors(), _work_directory(build.work) as work, _beside(build.output) as partial:
+    with _disk_errors(), _work_directory() as work, _beside(build.output) as partial:
         with step("render the stages"):
             site = _site_files(build)
             request = _prepare(build, installed, modules, site, work, partial)
@@ -80,7 +79,8 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
 
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
-    problems = []
+    problems: list[str] = []
+    output = _output_problems(build)
     for stage in build.plan.all:
         for binary in stage.binaries:
             if dracut.find_program(binary.name) is None:
@@ -98,6 +98,17 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
             problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
+    if problems or output:
+        # Of the output doctor knows nothing.
+        hint = (
+            "`anchor-build doctor` shows what this host lacks" if problems else "name another place with --output FILE"
+        )
+        raise AnchorError("\n".join(problems + output), hint)
+
+
+def _output_problems(build: InitramfsBuild) -> list[str]:
+    """Return why the output cannot be put where it shall go."""
+    problems = []
     directory = build.output.parent
     if not directory.is_dir():
         problems.append(f"--output {build.output}: {directory} is not a directory")
@@ -107,8 +118,7 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
         problems.append(f"--output {build.output}: is there and not a plain file")
     if build.report_file.exists() and not build.report_file.is_file():
         problems.append(f"--output {build.output}: its report {build.report_file} is there and not a plain file")
-    if problems:
-        raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks")
+    return problems
 
 
 def build_time(build: InitramfsBuild) -> int:
@@ -289,8 +299,8 @@ def _disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _work_directory(parent: Path | None) -> Iterator[Path]:
-    cache = (parent or cache_directory()).absolute()
+def _work_directory() -> Iterator[Path]:
+    cache = cache_directory().absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)

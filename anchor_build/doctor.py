@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ TOOLS = (
     Binary("zstd", "zstd", "zstd"),
     Binary("ldd", "glibc-common", "libc-bin"),
 )
+# The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
+FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -57,7 +60,18 @@ def packages(findings: Sequence[Finding], family: str) -> list[str]:
 
 
 def package_family() -> str:
-    """Return `deb` or `rpm`, by the package manager of this host."""
+    """Return `deb` or `rpm`: what counts is the distribution, as for build.sh (mmdebstrap brings apt to Fedora, too).
+
+    It is what os-release(5) says; only where that names none that is known, it is the package manager.
+    """
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    names = {release.get("ID", ""), *release.get("ID_LIKE", "").split()}
+    for family, known in FAMILIES.items():
+        if names & known:
+            return family
     return "deb" if which("apt-get") else "rpm"
 
 

@@ -27,11 +27,10 @@ NETWORKD = Path("usr/lib/systemd/systemd-networkd")
 
 @dataclass(frozen=True)
 class Dracut:
-    """An installed dracut: its program, its base directory and its version as a number such as 59 or 106."""
+    """An installed dracut: its program, its base directory and its version, such as 059 or 106-5."""
 
     program: Path
     base: Path
-    version: int
     version_text: str
 
     def has_module(self, name: str) -> bool:
@@ -81,7 +80,7 @@ def find_dracut() -> Dracut:
     found = re.search(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)", text)
     if found is None:
         raise AnchorError(f"cannot tell the version of {program}", f"{script} holds: {text.strip()[:200]}")
-    return Dracut(program, BASE, int(found[1]), found[1] + found[2])
+    return Dracut(program, BASE, found[1] + found[2])
 
 
 def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:

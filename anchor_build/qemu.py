@@ -207,13 +207,13 @@ def boot(
     """Boot a node and return once it reports that it got there, fails, or `timeout` seconds are over.
 
     QEMU is ended before this returns or raises, unless `keep` is set and the node got there; then `pid_file`
-    of the result names it. `console` is where the console's log goes; without it, only a boot that fails or is
-    kept leaves one, in a temporary directory.
+    of the result names it. Without `keep` it ends even when this process is killed. `console` is where the
+    console's log goes; without it, only a boot that fails or is kept leaves one, in a temporary directory.
 
     Raises UsageError for a machine that cannot be, AnchorError where QEMU is missing or KVM is demanded and
     does not work, and BootInterruptedError on Ctrl-C, SIGTERM and SIGHUP.
     """
-    with _signals_interrupt(), _started(machine, console) as node:
+    with _signals_interrupt(), _started(machine, console, tied=not keep) as node:
         result = _watch(node, until, timeout, watcher)
         node.keep = keep and result.ok
         if node.keep:
@@ -251,8 +251,11 @@ class _Node:
 
 
 @contextmanager
-def _started(machine: Machine, console: Path | None) -> Iterator[_Node]:
-    """Start QEMU; end it afterwards, and remove its files unless somebody will want them."""
+def _started(machine: Machine, console: Path | None, *, tied: bool = True) -> Iterator[_Node]:
+    """Start QEMU, and end it afterwards; remove its files unless somebody will want them.
+
+    It is `tied` to this process unless it may have to outlive it.
+    """
     check_machine(machine)
     program = find_qemu()
     forwards = tuple(replace(fwd, host_port=fwd.host_port or _free_port()) for fwd in machine.forwards)
@@ -262,7 +265,7 @@ def _started(machine: Machine, console: Path | None) -> Iterator[_Node]:
     node = None
     try:
         _clear(log)
-        child = start([program, *arguments(machine, directory, log)], log=directory / "qemu.log")
+        child = start([program, *arguments(machine, directory, log)], log=directory / "qemu.log", tied=tied)
         node = _Node(child, machine, directory, log)
         yield node
     finally:

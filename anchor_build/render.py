@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,6 +102,31 @@ def render_module(stage: Stage) -> RenderedModule:
     else:
         files["stage.sh"] = RenderedFile(stage.script.read_bytes(), 0o644)
     return RenderedModule(module_directory(stage), stage, files)
+
+
+def place_modules(modules: tuple[RenderedModule, ...], directory: Path) -> None:
+    """Write module directories below `directory`, all of them or none; it is made if it is not there.
+
+    Raises OSError when that cannot be done, FileExistsError for a module that is there.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    placed: list[Path] = []
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".modules-", dir=directory) as name:
+            write_modules(modules, Path(name))
+            for module in modules:
+                target = directory / module.name
+                target.mkdir()  # a rename would take the place of an empty directory that is there
+                placed.append(target)
+                (Path(name) / module.name).rename(target)
+    except BaseException:
+        for target in placed:
+            shutil.rmtree(target, ignore_errors=True)
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def write_modules(modules: tuple[RenderedModule, ...], directory: Path) -> None:

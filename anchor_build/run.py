@@ -114,12 +114,18 @@ def start(
     stdout: IO[bytes] | None = None,
     stdin_pipe: bool = False,
     umask: int = -1,
+    tied: bool = False,
 ) -> subprocess.Popen[str]:
     """Start a program in a process group of its own; the caller waits for it or ends it with `stop`.
+
+    A `tied` one also ends when the thread that started it does, even if that is killed (prctl's PR_SET_PDEATHSIG,
+    by util-linux's setpriv, which the program takes the place of); where there is no setpriv it is not.
 
     Raises AnchorError when the program cannot be started.
     """
     words = [str(word) for word in argv]
+    if tied and which(words[0]) and (setpriv := which("setpriv")):
+        words = [str(setpriv), "--pdeathsig", "TERM", "--", *words]
     sink = log.open("wb") if log is not None else None
     try:
         return subprocess.Popen(

@@ -90,7 +90,10 @@ anchor_boot_main() {
     anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
-    anchor_event "{\"event\":\"boot\",\"version\":$anchor_json}"
+    set -- "$anchor_json"
+    anchor_recall "$ANCHOR_RUN/steps/kernel"
+    anchor_json "$anchor_recall"
+    anchor_event "{\"event\":\"boot\",\"version\":$1,\"kernel\":$anchor_json}"
     anchor_boot_preload
     until anchor_boot_steps; do
         anchor_recall "$anchor_step_last/step"

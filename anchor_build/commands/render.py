@@ -36,7 +36,7 @@ def command(
     Example:
       anchor-build render --auth acme --image squashfs -o modules
     """  # noqa: D301
-    from anchor_build.render import render_plan, write_modules
+    from anchor_build.render import place_modules, render_plan
 
     plan = choice.everything() if every else choice.plan()
     modules = render_plan(plan)
@@ -44,8 +44,7 @@ def command(
     if there:
         raise AnchorError(f"{output}: already holds {', '.join(there)}", "remove them, or name another directory")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_modules(modules, output)
+        place_modules(modules, output)
     except OSError as error:
         raise AnchorError(f"{error.filename or output}: cannot be written: {error.strerror}") from None
     if as_json:

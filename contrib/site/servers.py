@@ -196,9 +196,7 @@ def nginx(
 def _running(
     argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, outlive: bool
 ) -> Iterator[subprocess.Popen[str]]:
-    # Debian keeps nginx in /usr/sbin; setpriv is exec'ed over, so the process id stays the server's own.
-    tie = [] if outlive else ["setpriv", "--pdeathsig", "TERM", "--"]
-    child = start([*tie, *argv], env=env, log=log)
+    child = start(argv, env=env, log=log, tied=not outlive)
     let_go = False
     try:
         yield child

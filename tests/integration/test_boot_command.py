@@ -228,6 +228,22 @@ def test_ctrl_c_ends_the_command_and_qemu(kernel: Path, initrd: Path, tmp_path: 
     assert qemus_using(tmp_path) == []
 
 
+def test_a_killed_command_takes_qemu_along(kernel: Path, initrd: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ("--kernel", kernel, "--initrd", initrd, "--append", "quiet scene=hang", "--memory", "256M")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    argv = command(*words, "--accel", "tcg", "--console", log)
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=environment) as child:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert qemus_using(tmp_path)
+        child.kill()
+    while qemus_using(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert qemus_using(tmp_path) == []
+
+
 def test_probe_returns_in_time_and_auto_picks_what_works(kernel: Path, initrd: Path, tmp_path: Path) -> None:
     qemu.kvm_problem.cache_clear()
     started = time.monotonic()

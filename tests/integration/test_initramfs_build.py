@@ -409,7 +409,10 @@ def test_an_output_that_is_no_plain_file_is_left_alone(bench: Bench) -> None:
     assert ended.status == 1
     assert "is there and not a plain file" in ended.err
     assert fifo.is_fifo()
-    assert "/no/such/directory is not a directory" in bench.run("-o", "/no/such/directory/x").err
+    said = bench.run("-o", "/no/such/directory/x").err
+    assert "/no/such/directory is not a directory" in said
+    assert "hint: name another place with --output FILE" in said
+    assert "doctor" not in said
 
 
 def breaking_stage(bench: Bench, install: str) -> list[str]:

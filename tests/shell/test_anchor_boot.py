@@ -19,7 +19,7 @@ import pytest
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from contrib.site import pki
-from tests.conftest import SITE_STAGES, TOP, LayOut
+from tests.conftest import OLDER_CHOICES, SITE_STAGES, TOP, LayOut
 from tests.shell.conftest import Shell
 
 LINE = "root=anchor rd.anchor.local-file.directory=/c squashfs_server=https://store/i.squashfs"
@@ -422,6 +422,15 @@ def test_wrong_parameters_power_off_where_that_is_asked(node: Shell, run: Run) -
     (node.root / "mended").write_text(LINE)
     run(line=f"{LINE} rd.anchor.on_failure=poweroff rd.anchor.nothing=1")
     assert (node.root / "proc/sysrq-trigger").read_text() == "o\n"
+
+
+@pytest.mark.parametrize("word", OLDER_CHOICES)
+def test_an_older_entry_that_asks_for_what_is_not_there_does_not_boot(node: Shell, run: Run, word: str) -> None:
+    (node.root / "mended").write_text(f"{LINE} {word}=0")
+    done = run(line=f"{LINE} {word}=x")
+    assert calls(node)[0].startswith("shell step parameters failed")
+    assert f"error: {word}: chooses a stage that this initramfs does not hold" in done.stderr
+    assert report(node)["result"] == "ok"
 
 
 def test_hooks_may_run_again(node: Shell, run: Run) -> None:

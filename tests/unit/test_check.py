@@ -7,6 +7,7 @@ import pytest
 from anchor_build.check import check_command_line
 from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import load_registry
+from tests.conftest import OLDER_CHOICES
 
 TRUSTED = f"rd.anchor.squashfs.sha256={'0' * 64}"
 GOOD = f"root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs {TRUSTED}"
@@ -73,3 +74,13 @@ def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
 def test_what_to_add_to_a_plain_url(plan: Plan) -> None:
     (error,) = check_command_line(plan, GOOD.replace("https", "http").replace(TRUSTED, "")).errors
     assert error == ("rd.anchor.squashfs.url: http:// is not protected: add rd.anchor.squashfs.sha256= or use https://")
+
+
+@pytest.mark.parametrize("word", OLDER_CHOICES)
+def test_an_older_entry_that_asks_for_what_is_not_there_is_refused(word: str) -> None:
+    plan = make_plan(load_registry(), auth=["none"], image=["squashfs"])
+    line = f"root=anchor squashfs_server=https://store/i.squashfs {TRUSTED}"
+    [error] = check_command_line(plan, f"{line} {word}=x").errors
+    assert error.startswith(f"{word}: chooses a stage that this initramfs does not hold")
+    for off in (word, f"{word}=", f"{word}=0"):
+        assert check_command_line(plan, f"{line} {off}").errors == ()

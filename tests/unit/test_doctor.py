@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from anchor_build import doctor, dracut, kernel
 from anchor_build.doctor import Finding, examine, packages
 from anchor_build.plan import Plan, make_plan
 from anchor_build.registry import load_registry
-from tests.conftest import WriteStage
+from tests.conftest import TOP, WriteStage
 
 
 @pytest.fixture
@@ -81,7 +82,33 @@ def test_a_cache_that_cannot_be_written(plan: Plan, monkeypatch: pytest.MonkeyPa
     assert "Not a directory" in finding.detail
 
 
-@pytest.mark.parametrize(("there", "family"), [(True, "deb"), (False, "rpm")])
-def test_the_family_is_that_of_the_package_manager(monkeypatch: pytest.MonkeyPatch, there: bool, family: str) -> None:
-    monkeypatch.setattr(doctor, "which", lambda program: Path("/usr/bin/apt-get") if there else None)
-    assert doctor.package_family() == family
+@pytest.mark.parametrize("apt", [True, False])
+@pytest.mark.parametrize(
+    ("release", "family"),
+    [
+        ({"ID": "debian"}, "deb"),
+        ({"ID": "linuxmint", "ID_LIKE": "ubuntu debian"}, "deb"),
+        ({"ID": "fedora"}, "rpm"),
+        ({"ID": "rocky", "ID_LIKE": "rhel centos fedora"}, "rpm"),
+        ({"ID": "another"}, ""),
+        (None, ""),
+    ],
+)
+def test_the_family_is_that_of_the_distribution_and_else_of_the_package_manager(
+    monkeypatch: pytest.MonkeyPatch, apt: bool, release: dict[str, str] | None, family: str
+) -> None:
+    def read() -> dict[str, str]:
+        if release is None:
+            raise FileNotFoundError
+        return release
+
+    monkeypatch.setattr(doctor.platform, "freedesktop_os_release", read)
+    monkeypatch.setattr(doctor, "which", lambda program: Path("/usr/bin/apt-get") if apt else None)
+    assert doctor.package_family() == (family or ("deb" if apt else "rpm"))
+
+
+def test_build_sh_knows_the_same_distributions() -> None:
+    text = (TOP / "build.sh").read_text(encoding="utf-8")
+    for family, known in doctor.FAMILIES.items():
+        [line] = [line for line in text.splitlines() if f"printf {family} &&" in line]
+        assert set(re.findall(r"\*' (\w+) '\*", line)) == known

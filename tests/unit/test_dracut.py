@@ -38,22 +38,21 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "version", "version_text"),
+    ("text", "version"),
     [
-        ("DRACUT_VERSION=059-4\n", 59, "059-4"),
-        ("DRACUT_VERSION='057-88.git20250311.el9'\n", 57, "057-88.git20250311.el9"),
-        ('# comment\nDRACUT_VERSION="106"\n', 106, "106"),
+        ("DRACUT_VERSION=059-4\n", "059-4"),
+        ("DRACUT_VERSION='057-88.git20250311.el9'\n", "057-88.git20250311.el9"),
+        ('# comment\nDRACUT_VERSION="106"\n', "106"),
     ],
 )
-def test_the_version_is_that_of_the_installed_script(base: Path, text: str, version: int, version_text: str) -> None:
+def test_the_version_is_that_of_the_installed_script(base: Path, text: str, version: str) -> None:
     (base / "dracut-version.sh").write_text(text, encoding="utf-8")
     found = dracut.find_dracut()
-    assert (found.version, found.version_text, found.base) == (version, version_text, base)
+    assert (found.version_text, found.base) == (version, base)
 
 
 def test_without_that_script_dracut_is_asked(base: Path) -> None:
-    found = dracut.find_dracut()
-    assert (found.version, found.version_text) == (49, "049-135.git.el8")
+    assert dracut.find_dracut().version_text == "049-135.git.el8"
 
 
 def test_a_version_that_cannot_be_told(base: Path) -> None:
@@ -71,7 +70,7 @@ def test_a_host_without_dracut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_module_is_found_whatever_its_number(base: Path) -> None:
-    found = Dracut(Path("dracut"), base, 59, "059")
+    found = Dracut(Path("dracut"), base, "059")
     assert found.has_module("network")
     assert not found.has_module("net")
     assert not found.has_module("work")
@@ -83,7 +82,7 @@ def test_the_private_base_holds_the_installed_one_and_our_modules(base: Path, tm
         (base / "modules.d" / stale).mkdir()
     (base / "modules.d" / "90anchor-image-other").mkdir()
     target = tmp_path / "private"
-    dracut.make_base(Dracut(Path("dracut"), base, 59, "059"), modules, target)
+    dracut.make_base(Dracut(Path("dracut"), base, "059"), modules, target)
     names = {path.name for path in (target / "modules.d").iterdir()}
     assert names == {"99base", "40network", "90anchor-image-other", *(module.name for module in modules)}
     assert (target / "modules.d" / "99base").readlink() == base / "modules.d" / "99base"
@@ -97,7 +96,7 @@ def test_the_private_base_holds_the_installed_one_and_our_modules(base: Path, tm
 
 def test_our_modules_are_named_and_systemd_only_where_all_of_it_is(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(load_registry(), auth=["acme"], image=["squashfs"])
-    found = Dracut(Path("dracut"), base, 59, "059")
+    found = Dracut(Path("dracut"), base, "059")
     ours = ("anchor", "anchor-auth-acme", "anchor-transport-https", "anchor-image-squashfs")
     assert dracut.choose_modules(found, plan) == ours
     for name in dracut.SYSTEMD_MODULES:
@@ -115,7 +114,7 @@ def test_dash_is_named_where_it_is_the_hosts_sh(
     plan = make_plan(load_registry(), image=["squashfs"])
     (base / "modules.d" / "00dash").mkdir()
     monkeypatch.setattr(Path, "resolve", lambda self, strict=False: Path("/bin", target))
-    chosen = dracut.choose_modules(Dracut(Path("dracut"), base, 59, "059"), plan)
+    chosen = dracut.choose_modules(Dracut(Path("dracut"), base, "059"), plan)
     assert ("dash" in chosen) is named
 
 

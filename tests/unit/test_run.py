@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -58,6 +60,27 @@ def test_the_umask_of_a_child(tmp_path: Path) -> None:
 def test_standard_input_is_closed_unless_given() -> None:
     assert run(["cat"], timeout=10).stdout == ""
     assert run(["cat"], input_text="typed").stdout == "typed"
+
+
+def test_a_tied_child_ends_with_the_one_that_is_killed() -> None:
+    """A Python process starts two children, says their ids, and is killed."""
+    script = "import sys, time; from anchor_build.run import start\n"
+    script += "print(*(start(['sleep', '60'], tied=tied).pid for tied in (True, False)), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        tied, free = map(int, parent.stdout.readline().split())
+        deadline = time.monotonic() + 10
+        # setpriv becomes sleep only after it has tied itself.
+        while "sleep" not in Path(f"/proc/{tied}/cmdline").read_text().split("\0")[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        parent.kill()
+    while Path(f"/proc/{tied}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        assert not Path(f"/proc/{tied}").exists()
+        assert Path(f"/proc/{free}").exists()
+    finally:
+        os.kill(free, signal.SIGKILL)
 
 
 def test_a_failure_shows_the_command_its_status_and_the_end_of_its_output() -> None:

@@ -102,7 +102,7 @@ def test_the_family_is_that_of_the_distribution_and_else_of_the_package_manager(
             raise FileNotFoundError
         return release
 
-    monkeypatch.setattr(doctor.platform, "freedesktop_os_release", read)
+    monkeypatch.setattr("platform.freedesktop_os_release", read)
     monkeypatch.setattr(doctor, "which", lambda program: Path("/usr/bin/apt-get") if apt else None)
     assert doctor.package_family() == (family or ("deb" if apt else "rpm"))
 

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--client-ca", type=Path, help="hear only nodes with a certificate of this CA")
     options = parser.parse_args(argv)
     address, _, port = options.listen.rpartition(":")
-    if not port.isdecimal() or (options.client_ca and not options.certificate):
+    if not address or not port.isdecimal() or (options.client_ca and not options.certificate):
         parser.error("--listen is ADDRESS:PORT, and --client-ca needs --certificate")
     try:
         kept = options.file.read_text(encoding="utf-8", errors="replace") if options.file.exists() else ""

@@ -21,6 +21,7 @@ CORE_WORDS = frozenset(
         "chosen",
         "clock",
         "cmdline",
+        "credentials",
         "event",
         "events",
         "fail",

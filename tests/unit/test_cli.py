@@ -150,8 +150,11 @@ def test_stages_from_all_sources(anchor: Anchor, installed_package: Path, monkey
     assert {(row["kind"], row["name"]): row["origin"] for row in rows} == {
         ("auth", "acme"): "built in",
         ("auth", "local-file"): "entry point site",
+        ("auth", "nfs"): "built in",
         ("auth", "none"): "built in",
         ("transport", "https"): "built in",
+        ("transport", "nfs"): "built in",
+        ("transport", "file"): "built in",
         ("image", "plain-file"): "entry point site",
         ("image", "squashfs"): "built in",
     }
@@ -286,9 +289,9 @@ def test_a_completion_script_for_each_shell(shell: str) -> None:
     ("words", "expected"),
     [
         ("anchor-build initramfs --auth a", ["acme"]),
-        ("anchor-build initramfs --auth n", ["none"]),
+        ("anchor-build initramfs --auth n", ["nfs", "none"]),
         ("anchor-build render --image s", ["squashfs"]),
-        ("anchor-build show auth", ["auth-acme", "auth-none"]),
+        ("anchor-build show auth", ["auth-acme", "auth-nfs", "auth-none"]),
         ("anchor-build initr", ["initramfs"]),
         (f"anchor-build initramfs --stage-dir {SITE_STAGES} --auth l", ["local-file"]),
     ],

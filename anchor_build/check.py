@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from anchor_build import paramtypes
 from anchor_build.cmdline import COMMAND_LINE_MAX, Word, split
-from anchor_build.plan import Plan
+from anchor_build.plan import Plan, chooses_absent
 from anchor_build.settings import Setting, unknown_parameter
 from anchor_build.stage import PREFIX, Param, Stage
 
@@ -69,11 +69,11 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> 
 
 def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
     param = spellings.get(word.name)
-    if any(word.name in stage.refused for stage in state.plan.all):
-        if word.value not in (None, "", "0"):
-            state.errors.append(f"{word.name}: chooses a stage that this initramfs does not hold")
-    elif param is None:
-        if word.name.startswith(PREFIX):
+    if param is None:
+        asked = state.plan.choosers.get(word.name)
+        if asked is not None and word.value not in (None, "", "0"):
+            state.errors.append(f"{word.name}: {chooses_absent(asked)}")
+        elif word.name.startswith(PREFIX):
             state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
         else:
             near = difflib.get_close_matches(word.name, spellings, n=1, cutoff=0.85)

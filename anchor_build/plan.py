@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_build.errors import UsageError
@@ -15,10 +15,14 @@ DEFAULTS = {"auth": "none", "transport": "https"}
 
 @dataclass(frozen=True)
 class Plan:
-    """The core and the chosen stages, auth first, then transports, then images."""
+    """The core and the chosen stages, auth first, then transports, then images.
+
+    `known` are all stages that could have been chosen: what asks for one of them is told from a misspelling.
+    """
 
     core: Stage
     stages: tuple[Stage, ...]
+    known: tuple[Stage, ...] = ()
 
     @property
     def all(self) -> tuple[Stage, ...]:
@@ -29,6 +33,18 @@ class Plan:
     def params(self) -> tuple[tuple[Stage, Param], ...]:
         """Every parameter that a node with this plan understands."""
         return tuple((stage, param) for stage in self.all for param in stage.params)
+
+    @property
+    def choosers(self) -> Mapping[str, str]:
+        """Every spelling of a parameter that chooses a stage, and the stage's id, or "" for a stage of Anchor 0.1.5.
+
+        A stage is chosen by its required parameters. A node that lacks the stage must not boot without it as if nothing
+        had been asked for.
+        """
+        found = dict.fromkeys((word for stage in self.all for word in stage.refused), "")
+        for stage in self.known:
+            found |= {name: stage.id for param in stage.params if param.required for name in param.names}
+        return found
 
     def of_kind(self, kind: str) -> tuple[Stage, ...]:
         """Return the plan's stages of one kind."""
@@ -69,9 +85,16 @@ def make_plan(
             other = schemes.setdefault(scheme, stage)
             if other is not stage:
                 raise UsageError(f"{stage.id} and {other.id} both carry {scheme}://", "choose one of them")
-    return Plan(registry.core, tuple(chosen))
+    return Plan(registry.core, tuple(chosen), registry.stages)
+
+
+def chooses_absent(asked: str) -> str:
+    """Say, after a parameter's name, that it chooses a stage that is not there; `asked` is a value of choosers."""
+    kind, _, name = asked.partition("-")
+    remedy = f": build it with --{kind} {name}" if asked else ""
+    return f"chooses a stage that this initramfs does not hold{remedy}"
 
 
 def whole_plan(registry: Registry) -> Plan:
     """Return a plan with every stage, for checks that name none."""
-    return Plan(registry.core, registry.stages)
+    return Plan(registry.core, registry.stages, registry.stages)

@@ -15,7 +15,7 @@ import jinja2
 
 from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
-from anchor_build.plan import Plan
+from anchor_build.plan import Plan, chooses_absent
 from anchor_build.registry import data_directory, find_lib
 from anchor_build.settings import SYSTEM_BUNDLES
 from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
@@ -76,13 +76,13 @@ def render_plan(plan: Plan) -> tuple[RenderedModule, ...]:
 
     Raises AnchorError when a file that a declaration names does not exist.
     """
-    return tuple(render_module(stage) for stage in plan.all)
+    return tuple(render_module(stage, plan.choosers if stage.is_core else {}) for stage in plan.all)
 
 
-def render_module(stage: Stage) -> RenderedModule:
-    """Render one stage's dracut module."""
+def render_module(stage: Stage, choosers: Mapping[str, str] | None = None) -> RenderedModule:
+    """Render one stage's dracut module; the core's needs `choosers` (see Plan.choosers)."""
     environment = _environment()
-    context = _context(stage)
+    context = _context(stage, choosers or {})
     files = {
         "module-setup.sh": _text(environment.get_template("module-setup.sh.j2").render(context), 0o755),
         "params.sh": _text(environment.get_template("params.sh.j2").render(context), 0o644),
@@ -145,7 +145,7 @@ def _text(text: str, mode: int) -> RenderedFile:
     return RenderedFile(text.encode(), mode)
 
 
-def _context(stage: Stage) -> dict[str, Any]:
+def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
     core = data_directory() / "dracut-modules" / "anchor"
     return {
         "stage": stage,
@@ -153,6 +153,7 @@ def _context(stage: Stage) -> dict[str, Any]:
         "required": [param for param in stage.params if param.required],
         "sources": [param for param in stage.params if param.source],
         "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
+        "choosers": [(name, chooses_absent(asked)) for name, asked in sorted(choosers.items())],
         "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
         "installed": [(source, target) for source, target, _ in installed_files(stage)],
         "hooks": HOOKS,

@@ -44,12 +44,13 @@ anchor_params_parse() {
 }
 
 # usage: anchor_params_word NAME VALUE HAS_VALUE
-# Offers one word to each stage; refuses an rd.anchor.* name that nobody takes.
+# Offers one word to each stage; refuses what nobody takes if it chooses a stage or is an rd.anchor.* name.
 anchor_params_word() {
     local stage
     for stage in $anchor_stages; do
         ! "anchor_${stage}_take" "$@" || return 0
     done
+    ! anchor_core_anchor_refuse "$@" || return 0
     case $1 in
         rd.anchor.*) anchor_param_bad "$1" "is not a parameter of any stage in this initramfs ($anchor_stages)" ;;
     esac

@@ -335,6 +335,49 @@ def test_the_first_stage_that_has_what_it_needs_is_chosen(shell: Shell, lay_out:
     assert [answer.chosen for answer in answers] == [("none", "squashfs"), ("acme", "squashfs")]
 
 
+def test_what_chooses_an_absent_stage_is_refused(shell: Shell, lay_out: LayOut) -> None:
+    registry = load_registry([SITE_STAGES])
+    plan = make_plan(registry, image=["squashfs"])
+    base = "root=anchor rd.anchor.auth=none squashfs_server=s"
+    words = [
+        name
+        for stage in registry.stages
+        for param in stage.params
+        if param.required and stage not in plan.stages
+        for name in param.names
+    ]
+    assert {"acme_server", "rd.anchor.acme.server", "nfs_mount", "nfs_files", "rd.anchor.nfs.export"} <= set(words)
+    values = ("1", "nfs4:a:/b", "", "0")
+    lines = [f"{base} {word}={value}" for word in words for value in values] + [f"{base} {word}" for word in words]
+    # An option of an absent stage asks for nothing by itself, and is no word of this node's either.
+    lines += [f"{base} acme_email=a@b.c", f"{base} rd.anchor.acme.email=a@b.c"]
+    answers = dict(zip(lines, ask_node(shell, plan, lay_out, lines, {}), strict=True))
+    for line, answer in answers.items():
+        assert answer == of_check(plan, line), line
+    remedy = "chooses a stage that this initramfs does not hold: build it with --auth acme"
+    assert answers[f"{base} acme_server=1"].refused == (f"acme_server: {remedy}",)
+    assert answers[f"{base} rd.anchor.acme.server=1"].refused == (f"rd.anchor.acme.server: {remedy}",)
+    assert answers[f"{base} nfs_mount=nfs4:a:/b"].refused == (
+        "nfs_mount: chooses a stage that this initramfs does not hold: build it with --auth nfs",
+    )
+    assert [answers[f"{base} acme_server={value}"].accepted for value in ("", "0")] == [True, True]
+    assert answers[f"{base} acme_email=a@b.c"].accepted
+    refused = [line for line, answer in answers.items() if not answer.accepted]
+    assert {f"{base} {word}={value}" for word in words for value in values[:2]} < set(refused)
+    assert {f"{base} {word}=" for word in words if word.startswith(PREFIX)} < set(refused)
+
+
+def test_a_word_of_a_stage_that_is_there_is_that_stage_s(shell: Shell, lay_out: LayOut) -> None:
+    """The core's own list may name what a stage that came later takes."""
+    registry = load_registry()
+    core = replace(registry.core, refused=(*registry.core.refused, "nfs_mount"))
+    plan = replace(make_plan(registry, auth=["nfs"], image=["squashfs"]), core=core)
+    line = "root=anchor nfs_mount=nfs4:a:/b nfs_files=c:/client.cert,k:/client.key squashfs_server=s"
+    (answer,) = ask_node(shell, plan, lay_out, [line], {})
+    assert answer == of_check(plan, line)
+    assert (answer.accepted, answer.chosen) == (True, ("nfs", "squashfs"))
+
+
 def test_a_legacy_command_line_is_right(plan: Plan) -> None:
     answer = of_check(whole_plan(load_registry()), LEGACY)
     assert answer.accepted

@@ -68,7 +68,10 @@ def test_a_misspelt_older_name_is_a_warning(plan: Plan) -> None:
 def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
     plan = make_plan(load_registry(), image=["squashfs"])
     (error,) = check_command_line(plan, "root=anchor squashfs_server=x rd.anchor.acme.server=y").errors
-    assert error.startswith("rd.anchor.acme.server: is not a parameter of these stages")
+    remedy = "chooses a stage that this initramfs does not hold: build it with --auth acme"
+    assert error == f"rd.anchor.acme.server: {remedy}"
+    (error,) = check_command_line(plan, "root=anchor squashfs_server=x rd.anchor.acme.email=a@b.c").errors
+    assert error.startswith("rd.anchor.acme.email: is not a parameter of these stages")
 
 
 def test_what_to_add_to_a_plain_url(plan: Plan) -> None:

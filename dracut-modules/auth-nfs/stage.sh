@@ -147,7 +147,11 @@ anchor_nfs__copy() {
         : >"$work/$name"
         anchor_nfs_copy "$work/$name" 0 "$((ANCHOR_CREDENTIALS_MAX + 1))" 30 15 || return 1
         anchor_fetch_size "$work/$name"
-        [ "$anchor_fetch_size" = "$anchor_nfs_size" ] || anchor_nfs__changed "$from" || return 1
+        if [ "$anchor_fetch_size" != "$anchor_nfs_size" ]; then
+            anchor_nfs__changed "$from"
+            anchor_nfs_error="$anchor_nfs_error: got $anchor_fetch_size of $anchor_nfs_size bytes"
+            return 1
+        fi
     done <<END
 $anchor_nfs__wanted
 END

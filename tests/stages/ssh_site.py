@@ -152,7 +152,9 @@ class Node:
     def start(self, shell: str = "dash", *, auth_key: str = "", **parameters: str) -> None:
         """Start the stage."""
         trusted = auth_key or self.site.key("operator").with_suffix(".pub").read_text().strip()
-        values = {f"anchor_ssh_{name}": value for name, value in {**DEFAULTS, "auth_key": trusted, **parameters}.items()}
+        values = {
+            f"anchor_ssh_{name}": value for name, value in {**DEFAULTS, "auth_key": trusted, **parameters}.items()
+        }
         values |= {"top": str(TOP), "ANCHOR_ROOT": str(self.root)}
         script = self.root / "script"
         script.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()) + PROLOGUE)

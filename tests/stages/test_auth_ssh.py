@@ -131,9 +131,12 @@ def test_the_trusted_key_can_do_nothing_else(node: Node, site: Site, shell: str)
             assert b"anchor: " in done.stderr + done.stdout
         assert b"uid=" not in node.ssh("", b"id\n", options=("-tt",)).stdout
     added = {str(path.relative_to(node.root)) for path in set(node.root.rglob("*")) - set(before)}
-    assert {name for name in added if "ssh" not in name} <= {"script", "console", "known_hosts", "run/anchor/boot.log"} | {
-        f"step/{name}" for name in ("note-fingerprint", "error", "hint")
-    }
+    assert {name for name in added if "ssh" not in name} <= {
+        "script",
+        "console",
+        "known_hosts",
+        "run/anchor/boot.log",
+    } | {f"step/{name}" for name in ("note-fingerprint", "error", "hint")}
     assert (node.root / "etc/passwd").read_text().startswith("root:x:0:0::/root:/bin/sh\n")
 
 

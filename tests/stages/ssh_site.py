@@ -150,7 +150,12 @@ class Node:
             self.stop()
 
     def start(self, shell: str = "dash", *, auth_key: str = "", **parameters: str) -> None:
-        """Start the stage."""
+        """Start the stage; its shell also runs what receives the files."""
+        program, *options = SHELLS[shell]
+        receive = self.root / "usr/lib/anchor/ssh-receive"
+        receive.write_text(
+            receive.read_text().replace("#!/bin/sh", f"#!{shutil.which(program)} {' '.join(options)}", 1)
+        )
         trusted = auth_key or self.site.key("operator").with_suffix(".pub").read_text().strip()
         values = {
             f"anchor_ssh_{name}": value for name, value in {**DEFAULTS, "auth_key": trusted, **parameters}.items()

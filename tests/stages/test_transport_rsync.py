@@ -223,13 +223,12 @@ def test_a_daemon_without_a_digest_is_refused_before_a_connection(dash: Node, si
     assert not (tmp_path / "bin/calls").exists()
 
 
-@pytest.mark.parametrize("over", ["daemon", "ssh"])
-def test_a_broken_transfer_goes_on_where_it_stopped(node: Node, site: Site, tmp_path: Path, over: str) -> None:
+def test_a_broken_transfer_goes_on_where_it_stopped(node: Node, site: Site, tmp_path: Path) -> None:
     once = tmp_path / "bin/once"
     script = f"""[ -n "$listing" ] || [ -e {once} ] || {{ : >{once}; timeout 0.6 {RSYNC} --bwlimit=2000 "$@"; exit 9; }}
 [ -n "$listing" ] || stat -c %s "$last" >{tmp_path}/bin/offset"""
     env = stand_in(tmp_path / "bin", script)
-    url = site.url() if over == "daemon" else site.ssh_url()
+    url = site.ssh_url() if node.shell.name == "dash" else site.url()
     done = node.fetch(url, DIGEST, env=env)
     assert node.got(done)
     assert node.attempts() == 2
@@ -252,15 +251,15 @@ def test_another_version_is_not_mixed_in(dash: Node, site: Site, tmp_path: Path)
 
 @pytest.mark.parametrize(("verified", "status"), [("1", 0), ("", 3)])
 def test_what_another_transport_began_is_continued_only_under_a_digest(
-    node: Node, site: Site, verified: str, status: int
+    dash: Node, site: Site, verified: str, status: int
 ) -> None:
-    file = node.image
+    file = dash.image
     file.write_bytes(DATA[:1_000_000])
     script = f"""
 anchor_fetch_left=10 anchor_fetch_room=much anchor_fetch_verified={verified}
 anchor_rsync_run "$@"
 """
-    done = node.run(script, site.ssh_url(), str(file), "9000000")
+    done = dash.run(script, site.ssh_url(), str(file), "9000000")
     assert done.returncode == status, done.stderr
     assert file.read_bytes() == (DATA if status == 0 else DATA[:1_000_000])
 
@@ -291,11 +290,11 @@ def test_the_image_is_in_memory_once(dash: Node, site: Site, tmp_path: Path) -> 
     assert max(sizes) < len(DATA) / 1024 / 2
 
 
-def test_an_image_that_does_not_fit_is_refused_with_numbers(node: Node, site: Site) -> None:
-    (node.shell.root / "proc").mkdir()
-    (node.shell.root / "proc/meminfo").write_text(f"MemAvailable: {500 << 10} kB\n")
-    done = node.fetch(site.ssh_url("huge"), reserve=64 << 20)
-    assert node.failed(done, "needs 900.0 MiB, and 436.0 MiB fit", "(500.0 MiB of memory available, of which 64.0 MiB")
+def test_an_image_that_does_not_fit_is_refused_with_numbers(dash: Node, site: Site) -> None:
+    (dash.shell.root / "proc").mkdir()
+    (dash.shell.root / "proc/meminfo").write_text(f"MemAvailable: {500 << 10} kB\n")
+    done = dash.fetch(site.ssh_url("huge"), reserve=64 << 20)
+    assert dash.failed(done, "needs 900.0 MiB, and 436.0 MiB fit", "(500.0 MiB of memory available, of which 64.0 MiB")
 
 
 def test_a_server_that_sends_more_than_it_listed_is_stopped(dash: Node, site: Site, tmp_path: Path) -> None:
@@ -329,17 +328,17 @@ def test_a_path_that_is_no_file_is_final(dash: Node, site: Site, name: str, word
 @pytest.mark.parametrize(
     "place", ["-oProxyCommand=id", "-e@host", "a`id`", "h;id", "u%20v@host", "[::1%25lo]", "host:99999999", "$(id)"]
 )
-def test_a_hostile_place_stays_text(node: Node, site: Site, tmp_path: Path, place: str) -> None:
+def test_a_hostile_place_stays_text(dash: Node, site: Site, tmp_path: Path, place: str) -> None:
     env = stand_in(tmp_path / "bin", "exit 1")
     for scheme in ("rsync", "rsync+ssh"):
-        done = node.fetch(f"{scheme}://{place}/images/x", DIGEST, env=env)
+        done = dash.fetch(f"{scheme}://{place}/images/x", DIGEST, env=env)
         assert done.returncode == 1
         assert "cannot be used" in done.stderr or "names no file" in done.stderr
     assert not (tmp_path / "bin/calls").exists()
 
 
-def test_an_unknown_module_is_final(node: Node, site: Site) -> None:
-    assert node.failed(node.fetch(site.url(module="nothing"), DIGEST), "no such module", "nothing")
+def test_an_unknown_module_is_final(dash: Node, site: Site) -> None:
+    assert dash.failed(dash.fetch(site.url(module="nothing"), DIGEST), "no such module", "nothing")
 
 
 def test_a_daemon_with_too_many_clients_is_tried_again(dash: Node, site: Site) -> None:
@@ -362,26 +361,26 @@ def test_a_password_opens_a_module_and_shows_nowhere(node: Node, site: Site, tmp
         assert "passw0rd" not in (tmp_path / "bin/calls").read_text() + "".join(path.read_text() for path in kept)
 
 
-def test_an_ssh_server_with_another_host_key_is_refused(node: Node, site: Site) -> None:
+def test_an_ssh_server_with_another_host_key_is_refused(dash: Node, site: Site) -> None:
     other = (site.directory / "stranger.pub").read_text().strip()
-    done = node.fetch(site.ssh_url(), env={"anchor_rsync_host_key": other})
-    assert node.failed(done, "another host key than the one that is known", "rd.anchor.rsync.host_key")
-    done = node.fetch(site.ssh_url(), env={"anchor_rsync_host_key": ""})
-    assert node.failed(done, "host key is not known", "--set rd.anchor.rsync.host_key=@")
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_host_key": other})
+    assert dash.failed(done, "another host key than the one that is known", "rd.anchor.rsync.host_key")
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_host_key": ""})
+    assert dash.failed(done, "host key is not known", "--set rd.anchor.rsync.host_key=@")
 
 
-def test_known_hosts_may_be_a_file(node: Node, site: Site) -> None:
-    (node.shell.root / "hosts").write_text(f"[127.0.0.1]:{site.ssh_port} {site.host_key}\n")
-    assert node.got(node.fetch(site.ssh_url(), env={"anchor_rsync_host_key": "/hosts"}))
+def test_known_hosts_may_be_a_file(dash: Node, site: Site) -> None:
+    (dash.shell.root / "hosts").write_text(f"[127.0.0.1]:{site.ssh_port} {site.host_key}\n")
+    assert dash.got(dash.fetch(site.ssh_url(), env={"anchor_rsync_host_key": "/hosts"}))
 
 
-def test_a_key_that_the_server_does_not_trust_is_final(node: Node, site: Site) -> None:
-    done = node.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": site.key("stranger")})
-    assert node.failed(done, "does not let this node in", "rd.anchor.rsync.ssh_key")
-    done = node.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": "!!"})
-    assert node.failed(done, "is not a key in base64")
-    done = node.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": ""})
-    assert node.failed(done, "this node has no key for SSH")
+def test_a_key_that_the_server_does_not_trust_is_final(dash: Node, site: Site) -> None:
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": site.key("stranger")})
+    assert dash.failed(done, "does not let this node in", "rd.anchor.rsync.ssh_key")
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": "!!"})
+    assert dash.failed(done, "is not a key in base64")
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": ""})
+    assert dash.failed(done, "this node has no key for SSH")
 
 
 def test_the_nodes_own_key_opens_the_server_too(dash: Node, site: Site) -> None:

@@ -11,6 +11,8 @@
 # their paths, all 0600. Notes: fingerprint, from. Statuses 0 and 1.
 anchor_ssh_run() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/ssh"
+    # rd.debug traces every command with its values; the lines of a key must not get into a log.
+    { set +x; } 2>/dev/null
     anchor_ssh__server=
     anchor_ssh__telling=
     anchor_ssh__told=

@@ -18,7 +18,13 @@ anchor_rsync_run() {
     anchor_fetch_size "$file"
     offset=$anchor_fetch_size
     anchor_rsync__parse && anchor_rsync__prepare || return 1
-    anchor_rsync__call "$state/list" --list-only -L
+    anchor_rsync__links=
+    anchor_rsync__call "$state/list" --list-only
+    # A link is followed only where there is one: rrsync, which confines a key to a directory, refuses to.
+    if [ "$status" -eq 0 ] && IFS= read -r text <"$state/list" && [ "${text#l}" != "$text" ]; then
+        anchor_rsync__links=-L
+        anchor_rsync__call "$state/list" --list-only -L
+    fi
     anchor_rsync__words
     if [ "$status" -ne 0 ]; then
         anchor_rsync__judge
@@ -253,7 +259,8 @@ anchor_rsync__transfer() {
         return
     fi
     (
-        anchor_rsync__call "$state/done" -L --append --out-format='%l %M'
+        # shellcheck disable=SC2086 # an option or nothing
+        anchor_rsync__call "$state/done" $anchor_rsync__links --append --out-format='%l %M'
         exit "$status"
     ) &
     child=$!
@@ -358,6 +365,10 @@ anchor_rsync__judge() {
         30:* | 35:*)
             anchor_rsync__again "$host is too slow or silent: $text" \
                 "check the network; rd.anchor.fetch.connect_timeout, .stall and .timeout are the limits"
+            ;;
+        *"has been disabled on this server"*)
+            anchor_fail "$host does not allow what this needs: $text" \
+                "is the path a link? rrsync follows none: name the file itself, or lift that limit for this key"
             ;;
         1:* | 2:* | 4:*) anchor_fail "$host and this node's rsync do not understand each other: $text" "is it an rsync server?" ;;
         *) anchor_rsync__again "the transfer from $host broke: ${text:-rsync ended with status $status}" ;;

@@ -41,7 +41,7 @@ for lib in report types fetch; do . "$top/lib/anchor-$lib.sh"; done
 . "$top/dracut-modules/auth-ssh/stage.sh"
 anchor_step_dir="$ANCHOR_ROOT/step"
 anchor_net_hostname() { printf 'node1.example.org\\n'; }
-(anchor_ssh_run) </dev/null
+(set -x; anchor_ssh_run) </dev/null
 """
 
 NETWORK = f"""

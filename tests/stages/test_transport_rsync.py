@@ -357,6 +357,7 @@ def test_a_password_opens_a_module_and_shows_nowhere(node: Node, site: Site, tmp
     ):
         done = node.fetch(url, DIGEST, env={**env, "anchor_rsync_password": password}, setup="set -x\n")
         assert node.got(done)
+        assert not password or password not in done.stderr
         kept = [path for path in (node.shell.root / "run").rglob("*") if path.is_file() and path != node.image]
         assert "passw0rd" not in (tmp_path / "bin/calls").read_text() + "".join(path.read_text() for path in kept)
 

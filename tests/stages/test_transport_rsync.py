@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     config = directory / "rsyncd.conf"
     module = f"path = {site.www}\nread only = yes\nuse chroot = no\nuid = root\ngid = root\n"
     closed = f"auth users = robot\nsecrets file = {directory}/secrets\n"
-    config.write_text(f"[images]\n{module}[closed]\n{module}{closed}[full]\n{module}max connections = -1\n")
+    full = f"max connections = 1\nlock file = {directory}/lock\n"
+    config.write_text(f"[images]\n{module}[closed]\n{module}{closed}[full]\n{module}{full}")
     # dropbear knows no other place for its users' keys than their home.
     ssh = f"mount --bind {directory}/home /root && "
     ssh += f"exec dropbear -F -E -s -r {directory}/host -p 127.0.0.1:{site.ssh_port}"
@@ -342,10 +344,12 @@ def test_an_unknown_module_is_final(dash: Node, site: Site) -> None:
 
 
 def test_a_daemon_with_too_many_clients_is_tried_again(dash: Node, site: Site) -> None:
-    done = dash.fetch(site.url(module="full"), DIGEST)
-    assert dash.failed(
-        done, "module is currently disabled" if "disabled" in done.stderr else "too many clients", attempts=3
-    )
+    with socket.create_connection(("127.0.0.1", site.daemon_port), timeout=5) as other, other.makefile("rb") as said:
+        other.sendall(b"@RSYNCD: 31.0\nfull\n")
+        while b"@RSYNCD: OK" not in (line := said.readline()):
+            assert line
+        done = dash.fetch(site.url(module="full"), DIGEST)
+    assert dash.failed(done, "too many clients: max connections (1) reached", attempts=3)
 
 
 def test_a_password_opens_a_module_and_shows_nowhere(node: Node, site: Site, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ WORD = re.compile(r"[!-~]+")
 URL_USER = re.compile(r"[A-Za-z0-9._~:!$&()*+,;=%-]+")
 URL_TAIL = re.compile(r"(?:[/?][A-Za-z0-9._~:/?@!$&()*+,;=%-]*)?")
 URL_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::(.*))?")
+# rsync(1): HOST::MODULE/PATH of a daemon, and USER@HOST:/PATH through a shell. Neither can be a host with a port.
+RSYNC_SOURCE = re.compile(r"([^/\[:]+)(?:(::)|:/)(.*)")
 NFS_EXPORT = re.compile(r"nfs4?:(\[[^\]]*\]|[^:]*):(/[^:]*)(?::[A-Za-z0-9._=,:/@+-]*(?<!:))?")
 SHA256 = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})")
 MAC = re.compile(r"(?:01-)?(XX(?:-XX){5})|(XX(?::XX){5})".replace("X", "[0-9A-Fa-f]"))
@@ -278,7 +280,11 @@ def _url(value: str, options: Options) -> str:
     schemes, bare = ([*shell_arguments("url", options), "", ""])[:2]
     example = f"is not a URL such as {(schemes or 'https').split()[0]}://host/path"
     if "://" not in value and bare:
-        value = f"{bare}://{value}"
+        source = None if schemes else RSYNC_SOURCE.fullmatch(value)
+        if source:
+            value = f"{'rsync' if source[2] == '::' else 'rsync+ssh'}://{source[1]}/{source[3]}"
+        else:
+            value = f"{bare}://{value}"
     scheme, _, rest = value.partition("://")
     if "://" not in value or not SCHEME.fullmatch(scheme):
         raise InvalidValueError(example)

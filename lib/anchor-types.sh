@@ -317,6 +317,21 @@ anchor_type__authority() {
     anchor_type__host "$host" && anchor_value=$user$left$anchor_value$right$port
 }
 
+# anchor_type__bare TEXT SCHEMES BARE: sets $url, its caller's, to TEXT with the scheme that it lacks. Where any scheme will
+# do, that of rsync's own forms HOST::MODULE/PATH and USER@HOST:/PATH, which cannot be a host with a port.
+anchor_type__bare() {
+    local host="${1%%:*}" rest="${1#*:}"
+    url=${3:+"$3://"}$1
+    [ -z "$2" ] && [ -n "$3" ] || return 0
+    case $host in
+        '' | "$1" | *[/\[]*) return 0 ;;
+    esac
+    case $rest in
+        :*) url=rsync://$host/${rest#:} ;;
+        /*) url=rsync+ssh://$host$rest ;;
+    esac
+}
+
 # anchor_type_url VALUE ["SCHEME SCHEME..." [BARE]]: BARE is the scheme of a VALUE that names none
 anchor_type_url() {
     local LC_ALL=C url scheme rest authority example
@@ -325,7 +340,7 @@ anchor_type_url() {
     example="is not a URL such as ${example%% *}://host/path"
     case $1 in
         *://*) url=$1 ;;
-        *) url=${3:+"$3://"}$1 ;;
+        *) anchor_type__bare "$1" "${2:-}" "${3:-}" ;;
     esac
     scheme=${url%%://*}
     case $scheme in

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -19,7 +18,7 @@ from anchor_build.cpio import read_initramfs
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
-from anchor_build.render import RenderedModule, render_plan
+from anchor_build.render import RenderedModule, module_digest, render_plan
 from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.stage import is_promised
@@ -83,9 +82,9 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     output = _output_problems(build)
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if dracut.find_program(binary.name) is None:
+            if not binary.optional and dracut.find_program(binary.name) is None:
                 problems.append(
-                    f"{stage.id}: {binary.name} is missing: install {binary.deb} (deb) or {binary.rpm} (rpm)"
+                    f"{stage.id}: {binary.name} is missing: install {binary.where}"
                     + dracut.misplaced_program(binary.name)
                 )
         for module in stage.dracut:
@@ -264,10 +263,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
     if build.kernel.image is not None:
         inputs["kernel"] = readback.sha256(build.kernel.image.read_bytes())
     for module in modules:
-        digest = hashlib.sha256()
-        for name, file in sorted(module.files.items()):
-            digest.update(f"{name}\0{file.mode:o}\0{len(file.content)}\0".encode() + file.content)
-        inputs[module.name] = digest.hexdigest()
+        inputs[module.name] = module_digest(module)
     for stage in build.plan.all:
         for binary in stage.binaries:
             path = dracut.find_program(binary.name)

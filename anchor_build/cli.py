@@ -18,6 +18,7 @@ from anchor_build.errors import AnchorError
 COMMANDS = {
     "initramfs": "Build an initramfs that boots a diskless node.",
     "render": "Write the dracut modules of a plan into a directory.",
+    "rpm": "Package the dracut modules as RPMs.",
     "stages": "List the stages that can be used.",
     "show": "Describe one stage and its parameters.",
     "check": "Check a kernel command line before a node sees it.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from anchor_build import paramtypes
@@ -80,7 +81,7 @@ def stage_facts(stage: Stage) -> dict[str, Any]:
         "dracut_module": stage.module,
         "dracut": list(stage.dracut),
         "drivers": list(stage.drivers),
-        "binaries": [{"name": b.name, "rpm": b.rpm, "deb": b.deb} for b in stage.binaries],
+        "binaries": [asdict(binary) for binary in stage.binaries],
         "schemes": list(stage.schemes),
         "conflicts": list(stage.conflicts),
         "parameters": [param_facts(param) for param in stage.params],
@@ -93,7 +94,7 @@ def stage_text(stage: Stage) -> str:
         ("dracut module", stage.module),
         ("needs dracut", ", ".join(stage.dracut)),
         ("drivers", ", ".join(stage.drivers)),
-        ("programs", ", ".join(binary.name for binary in stage.binaries)),
+        ("programs", ", ".join(f"{b.name}{' (optional)' if b.optional else ''}" for b in stage.binaries)),
         ("URL schemes", ", ".join(stage.schemes)),
         ("excludes", ", ".join(stage.conflicts)),
         ("comes from", stage.origin),
@@ -138,6 +139,11 @@ def reference(registry: Registry) -> str:
     return "\n".join([*out, ""])
 
 
+def stage_reference(stage: Stage) -> str:
+    """Return the reference documentation of one stage as a document of its own, in Markdown."""
+    return "\n".join([f"# {stage.id}", *_reference_stage(stage)[1:]])
+
+
 def _reference_stage(stage: Stage) -> list[str]:
     digest_only = [f"`{scheme}` (only with a digest)" for scheme in stage.digest_schemes]
     schemes = [f"`{scheme}`" for scheme in stage.schemes if scheme not in stage.digest_schemes] + digest_only
@@ -159,8 +165,9 @@ def _programs(stage: Stage) -> str:
     """Name a stage's programs, package by package."""
     packages: dict[str, list[str]] = {}
     for binary in stage.binaries:
-        package = binary.deb if binary.deb == binary.rpm else f"{binary.deb} (deb) or {binary.rpm} (rpm)"
-        packages.setdefault(package, []).append(f"`{binary.name}`")
+        same = binary.deb == binary.rpm and binary.suse in ("", binary.rpm)
+        name = f"`{binary.name}`" + (" (optional)" if binary.optional else "")
+        packages.setdefault(binary.deb if same else binary.where, []).append(name)
     return "; ".join(f"{' '.join(names)} from {package}" for package, names in packages.items())
 
 

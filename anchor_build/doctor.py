@@ -14,7 +14,7 @@ from anchor_build.errors import AnchorError
 from anchor_build.kernel import installed_releases
 from anchor_build.plan import Plan
 from anchor_build.run import which
-from anchor_build.stage import Binary
+from anchor_build.stage import NO_PACKAGE, Binary
 
 TOOLS = (
     Binary("cpio", "cpio", "cpio"),
@@ -78,13 +78,18 @@ def package_family() -> str:
 def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
     path = which(binary.name)
     detail = str(path) if path else "not found"
-    return Finding(f"{owner}: {binary.name}", path is not None, detail, needed, binary.rpm, binary.deb)
+    return _finding(f"{owner}: {binary.name}", path, detail, binary, needed)
 
 
 def _copied_program(owner: str, binary: Binary) -> Finding:
     path = dracut.find_program(binary.name)
     detail = str(path) if path else f"not found{dracut.misplaced_program(binary.name)}"
-    return Finding(f"{owner}: {binary.name}", path is not None, detail, True, binary.rpm, binary.deb)
+    return _finding(f"{owner}: {binary.name}", path, detail, binary, not binary.optional)
+
+
+def _finding(what: str, path: Path | None, detail: str, binary: Binary, needed: bool) -> Finding:
+    rpm, deb = (name if name != NO_PACKAGE else "" for name in (binary.rpm, binary.deb))
+    return Finding(what, path is not None, detail, needed, rpm, deb)
 
 
 def _dracut() -> Finding:

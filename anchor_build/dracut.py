@@ -20,6 +20,13 @@ BASE = Path("/usr/lib/dracut")
 CONFIG_PARTS = "dracut.conf.d"
 # dracut.sh sets its PATH to this (DRACUT_PATH): what lies in /usr/local is not found.
 PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# What the packages dracut-network hold: %files network of dracut's own spec, and Debian's package.
+NETWORK_MODULES = (
+    *("cifs", "connman", "fcoe", "iscsi", "kernel-network-modules", "nbd", "network", "network-legacy"),
+    *("network-manager", "nfs", "nvmf", "qemu-net", "ssh-client", "systemd-networkd", "url-lib"),
+)
+# Modules of anchor-build, from its packages or from Anchor 0.1.5.
+OURS = re.compile(r"[0-9]*anchor(-(auth|transport|image)-.*)?")
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
 NETWORKD = Path("usr/lib/systemd/systemd-networkd")
@@ -39,8 +46,11 @@ class Dracut:
 
 
 def module_packages(name: str) -> tuple[str, str]:
-    """Return the deb and the rpm package that hold a module of dracut."""
-    if name in ("network", "kernel-network-modules", "network-legacy", "network-manager"):
+    """Return the deb and the rpm package that hold a module of dracut.
+
+    SUSE has them all in `dracut`: it packages no dracut-network.
+    """
+    if name in NETWORK_MODULES:
         return "dracut-network", "dracut-network"
     return "dracut-core", "dracut"
 
@@ -118,10 +128,9 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
             # --reproducible gives newer files the time of dracut-functions.sh: that of the link itself (touch -h).
             os.utime(link, ns=(path.stat().st_mtime_ns,) * 2, follow_symlinks=False)
     (directory / "dracut.conf.d").mkdir()
-    ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
     for path in sorted((dracut.base / "modules.d").iterdir()):
-        # An older installed copy of one of our modules must not win over the rendered one.
-        if re.sub(r"^[0-9]+", "", path.name) not in ours:
+        # An installed copy of one of our modules must not win over the rendered one, nor another come with it.
+        if not OURS.fullmatch(path.name):
             (tree / path.name).symlink_to(path)
     write_modules(tuple(modules), tree)
 

@@ -41,7 +41,7 @@ def missing(
             problems.append(f"--add-drivers: the driver {driver} is not inside")
     for stage, module in zip(plan.all, modules, strict=True):
         for binary in stage.binaries:
-            if find_program(initramfs, binary.name) is None:
+            if not binary.optional and find_program(initramfs, binary.name) is None:
                 problems.append(f"{stage.id}: the program {binary.name} is not inside")
         for driver in stage.drivers:
             if is_promised(driver) and driver.replace("-", "_") not in drivers:

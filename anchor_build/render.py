@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import jinja2
 
 from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
-from anchor_build.plan import Plan, chooses_absent
+from anchor_build.plan import DEFAULTS, Plan, chooses_absent
 from anchor_build.registry import data_directory, find_lib
 from anchor_build.settings import SYSTEM_BUNDLES
 from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
@@ -141,6 +142,14 @@ def write_modules(modules: tuple[RenderedModule, ...], directory: Path) -> None:
             path.chmod(file.mode)
 
 
+def module_digest(module: RenderedModule) -> str:
+    """Return the SHA-256 over names, modes and contents of a module's files, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for name, file in sorted(module.files.items()):
+        digest.update(f"{name}\0{file.mode:o}\0{len(file.content)}\0".encode() + file.content)
+    return digest.hexdigest()
+
+
 def _text(text: str, mode: int) -> RenderedFile:
     return RenderedFile(text.encode(), mode)
 
@@ -154,6 +163,7 @@ def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
         "sources": [param for param in stage.params if param.source],
         "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
         "choosers": [(name, chooses_absent(asked)) for name, asked in sorted(choosers.items())],
+        "transport": f"anchor-transport-{DEFAULTS['transport']}" if stage.fetches else "",
         "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
         "installed": [(source, target) for source, target, _ in installed_files(stage)],
         "hooks": HOOKS,

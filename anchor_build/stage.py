@@ -14,6 +14,8 @@ from anchor_build.errors import InvalidFilesError
 
 API = 1
 KINDS = ("auth", "transport", "image")
+# Stands where a family of distributions has no package of a program.
+NO_PACKAGE = "-"
 PREFIX = "rd.anchor."
 DECLARATION = "stage.toml"
 SCRIPT = "stage.sh"
@@ -26,7 +28,9 @@ PARAM_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 CORE_PARAM_NAME = re.compile(rf"{PARAM_NAME.pattern}(\.{PARAM_NAME.pattern})?")
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
+PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*|-")
+# "NAME < VERSION", as in a spec file
+RPM_RELATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]* (?:<|<=|=) [0-9][A-Za-z0-9.+~^_]*")
 DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
 DRIVER = re.compile(r"=?[A-Za-z0-9][A-Za-z0-9_/-]*\??")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -69,11 +73,23 @@ class Param:
 
 @dataclass(frozen=True)
 class Binary:
-    """A program that a stage needs on the node, and the packages that have it."""
+    """A program that a stage needs on the node, and the packages that have it (`-` where there is none).
+
+    `suse` is empty where SUSE's package has the name that `rpm` says. An `optional` one is taken where it is there.
+    """
 
     name: str
     rpm: str
     deb: str
+    suse: str = ""
+    optional: bool = False
+
+    @property
+    def where(self) -> str:
+        """What to install, by family: `iproute2 (deb), iproute (rpm) or iproute2 (suse)`."""
+        named = {"deb": self.deb, "rpm": self.rpm, "suse": self.suse}
+        known = [f"{name} ({family})" for family, name in named.items() if name not in ("", NO_PACKAGE)]
+        return " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known) or "it yourself"
 
 
 @dataclass(frozen=True)
@@ -102,6 +118,7 @@ class Stage:
     digest_schemes: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    obsoletes: tuple[str, ...] = ()
     binaries: tuple[Binary, ...] = ()
     files: tuple[StageFile, ...] = ()
     params: tuple[Param, ...] = ()
@@ -135,6 +152,11 @@ class Stage:
     def script(self) -> Path:
         """The stage's shell functions."""
         return self.directory / SCRIPT
+
+    @property
+    def fetches(self) -> bool:
+        """Whether a transport must be beside it: one of its parameters is a URL that the node fetches."""
+        return any(param.source for param in self.params)
 
 
 class _Table:
@@ -254,6 +276,7 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
         digest_schemes=header.texts("digest_schemes", SCHEME),
         conflicts=header.texts("conflicts", NAME),
         refused=header.texts("refused", ALIAS),
+        obsoletes=header.texts("obsoletes", RPM_RELATION),
         binaries=tuple(_read_binary(table) for table in header.tables("binaries")),
         files=tuple(_read_file(table) for table in top.tables("file")),
         params=tuple(_read_param(table, kind, name) for table in top.tables("param")),
@@ -272,6 +295,8 @@ def _read_binary(table: _Table) -> Binary:
         name=table.text("name", PROGRAM, required=True),
         rpm=table.text("rpm", PACKAGE, required=True),
         deb=table.text("deb", PACKAGE, required=True),
+        suse=table.text("suse", PACKAGE),
+        optional=table.flag("optional"),
     )
     table.refuse_rest()
     return binary

@@ -30,7 +30,7 @@ main() {
             ;;
         test)
             shift
-            prepare build demo test
+            prepare build rpm demo test
             [[ ${1:-} == --fast ]] && shift && set -- -m 'not slow and not boot' "$@"
             cd "$here"
             # It has installed what the tests need: a test that finds a program missing has failed.
@@ -45,14 +45,23 @@ main() {
             exec "$venv/bin/python" -m tests.bench "$@"
             ;;
         *)
-            prepare build
             if (($# == 0)); then
-                set -- --help
-                [[ ! -e $here/anchor_build/commands/rpm.py ]] || set -- rpm
+                cd "$here"
+                set -- rpm
             fi
+            if asks_for_rpm "$@"; then prepare build rpm; else prepare build; fi
             exec "$venv/bin/anchor-build" "$@"
             ;;
     esac
+}
+
+# asks_for_rpm ARGS…: whether anchor-build's command is rpm, whatever options stand before it.
+asks_for_rpm() {
+    local word
+    for word in "$@"; do
+        [[ $word == -* ]] || break
+    done
+    [[ $word == rpm ]]
 }
 
 # prepare USE…: install what these uses need and this host lacks.

@@ -25,8 +25,6 @@ NETWORK_MODULES = (
     *("cifs", "connman", "fcoe", "iscsi", "kernel-network-modules", "nbd", "network", "network-legacy"),
     *("network-manager", "nfs", "nvmf", "qemu-net", "ssh-client", "systemd-networkd", "url-lib"),
 )
-# Modules of anchor-build, from its packages or from Anchor 0.1.5.
-OURS = re.compile(r"[0-9]*anchor(-(auth|transport|image)-.*)?")
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
 NETWORKD = Path("usr/lib/systemd/systemd-networkd")
@@ -128,9 +126,10 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
             # --reproducible gives newer files the time of dracut-functions.sh: that of the link itself (touch -h).
             os.utime(link, ns=(path.stat().st_mtime_ns,) * 2, follow_symlinks=False)
     (directory / "dracut.conf.d").mkdir()
+    ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
     for path in sorted((dracut.base / "modules.d").iterdir()):
-        # An installed copy of one of our modules must not win over the rendered one, nor another come with it.
-        if not OURS.fullmatch(path.name):
+        # An older installed copy of one of our modules must not win over the rendered one.
+        if re.sub(r"^[0-9]+", "", path.name) not in ours:
             (tree / path.name).symlink_to(path)
     write_modules(tuple(modules), tree)
 

@@ -24,7 +24,7 @@ from anchor_build.build import cache_directory
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.registry import data_directory
 from anchor_build.render import module_digest
-from anchor_build.rpmcheck import problems_of
+from anchor_build.rpmcheck import problems_of, source_problems
 from anchor_build.run import Completed, run, which
 from anchor_build.stage import Stage
 
@@ -32,6 +32,8 @@ REPORT = "packages.json"
 LIMIT_S = 300
 # rpm's macros and the shell text that they make do not survive other characters in a path.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")
+# What a build leaves in its output besides the report.
+MADE = re.compile(r"[^/]+\.rpm|repodata/[^/]+")
 FIXED = {
     # Nothing of this host, of its clock or of who builds is in the packages (reproducible-builds.org).
     "_buildhost": "anchor-build",
@@ -41,9 +43,6 @@ FIXED = {
     "source_date_epoch_from_changelog": "0",
     "_changelog_trimage": "0",
     "_changelog_trimtime": "0",
-    "vendor": "%{nil}",
-    "packager": "%{nil}",
-    "distribution": "%{nil}",
     "_build_id_links": "none",
     # What every rpm since 4.14 can read and write, whatever this one prefers.
     "_binary_payload": "w9.gzdio",
@@ -52,6 +51,8 @@ FIXED = {
     "_source_filedigest_algorithm": "8",
     "_rpmfilename": "%%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm",
 }
+# Who distributes packages says so with macros: here nobody does, whatever this host's say.
+UNDEFINED = ("vendor", "packager", "distribution", "disturl", "bugurl")
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -110,7 +111,7 @@ def build_packages(build: RpmBuild, step: Step) -> tuple[dict[str, Any], bool]:
             with step(f"build {len(packages)} packages with rpmbuild"):
                 built = _rpmbuild(build, prepared, work, made)
             with step("read the packages back"):
-                _check(prepared, built, work)
+                _check(build, prepared, built, work)
             if prepared.signer:
                 with step(f"sign with {prepared.signer}"):
                     rpmrepo.sign_packages(built, prepared.signer, prepared.packaging.time, work)
@@ -187,7 +188,7 @@ def _prepare(build: RpmBuild, packages: tuple[rpmspec.Package, ...], work: Path)
         "source archive": _sha256(archive),
         "rpmbuild": _rpm(["rpmbuild", "--version"], packaging.time, work).stdout.strip(),
         "rpm's macros": _sha256(macros.replace(str(work), "").encode()),
-        "options": _sha256(json.dumps([FIXED, packaging.time, dist, build.source, signer]).encode()),
+        "options": _sha256(json.dumps([FIXED, UNDEFINED, packaging.time, dist, build.source, signer]).encode()),
         "repository": rpmrepo.version() if build.repository else "none",
         "anchor-build": __version__,
     }
@@ -220,6 +221,7 @@ def _rpmbuild(build: RpmBuild, prepared: _Prepared, work: Path, made: Path) -> l
     defines = {**FIXED, **{name: str(place) for name, place in places.items()}, "dist": prepared.dist or "%{nil}"}
     argv = ["rpmbuild", "-ba" if build.source else "-bb", "--target", "noarch"]
     argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
+    argv += [word for name in UNDEFINED for word in ("--undefine", name)]
     log = work / "rpmbuild.log"
     try:
         _rpm([*argv, str(spec)], packaging.time, work, log=log)
@@ -246,10 +248,13 @@ def _copy(source: Path, target: Path, seconds: int) -> None:
     os.utime(target, (seconds, seconds))
 
 
-def _check(prepared: _Prepared, built: list[Path], work: Path) -> None:
+def _check(build: RpmBuild, prepared: _Prepared, built: list[Path], work: Path) -> None:
     packaging = prepared.packaging
     pairs = zip(packaging.packages, built, strict=False)  # the source package is the last one, and has no Package
     problems = [p for package, file in pairs for p in problems_of(file, package, packaging, prepared.dist, work)]
+    if build.source:
+        sources = {f"{rpmspec.NAME}.spec": prepared.spec.encode(), packaging.source_name: prepared.archive}
+        problems += source_problems(built[-1], packaging, sources, work)
     if problems:
         lines = "\n  ".join(problems)
         raise AnchorError(f"the finished packages are not what was to be packaged:\n  {lines}", "look with -v")
@@ -312,15 +317,15 @@ def _put_in_place(made: Path, output: Path, report: dict[str, Any]) -> None:
     (output / REPORT).unlink(missing_ok=True)
     for name in earlier.get("files", ()):
         # A report that somebody changed must not lead elsewhere.
-        if ".." not in Path(name).parts and name.endswith((".rpm", ".xml", ".asc", ".key", ".gz")):
-            (output / Path(name).relative_to("/") if name.startswith("/") else output / name).unlink(missing_ok=True)
+        if MADE.fullmatch(name):
+            (output / name).unlink(missing_ok=True)
     for path in sorted(path for path in made.rglob("*") if path.is_file() and path.name != REPORT):
         target = output / path.relative_to(made)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
-    with_index = (output / "repodata").is_dir()
-    if with_index and not any((output / "repodata").iterdir()):
-        (output / "repodata").rmdir()
+    index = output / "repodata"
+    if index.is_dir() and not any(index.iterdir()):
+        index.rmdir()
     (made / REPORT).replace(output / REPORT)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import rpmfile
 
-from anchor_build.cpio import read_initramfs
+from anchor_build.cpio import Member, read_initramfs
 from anchor_build.errors import AnchorError
-from anchor_build.rpmspec import LICENSE, MODULES, Package, Packaging, license_text
+from anchor_build.rpmspec import LICENSE, MODULES, NAME, Package, Packaging, license_text
 
 SHA256 = 8  # RPMTAG_FILEDIGESTALGO
 DOC, LICENSE_FLAG = 1 << 1, 1 << 7  # RPMTAG_FILEFLAGS
@@ -52,6 +52,20 @@ def problems_of(file: Path, package: Package, packaging: Packaging, dist: str, w
     """
     header = read_header(file)
     return [f"{file.name}: {problem}" for problem in _problems(file, header, package, packaging, dist, work)]
+
+
+def source_problems(file: Path, packaging: Packaging, sources: Mapping[str, bytes], work: Path) -> list[str]:
+    """Return one line for each thing in which a source package is not made of `sources`, which are by file name."""
+    header = read_header(file)
+    wanted = {"name": NAME, "version": packaging.version, "copyright": LICENSE, "buildtime": packaging.time}
+    found = [f"{tag} is {_plain(header.get(tag))!r}" for tag in wanted if _plain(header.get(tag)) != wanted[tag]]
+    found += [f"has BuildRequires: {relation}" for relation in relations(header, "Requires")]
+    members = _payload(file, header, work)
+    found += [f"holds {name}, which is no source" for name in sorted(set(members) - set(sources))]
+    for name, content in sources.items():
+        if name not in members or members[name].content != content:
+            found.append(f"does not hold {name} as it was made")
+    return [f"{file.name}: {problem}" for problem in found]
 
 
 def _problems(
@@ -145,15 +159,20 @@ def _file_problems(header: Mapping[str, Any], package: Package) -> Iterator[str]
 
 def _payload_problems(file: Path, header: Mapping[str, Any], work: Path) -> Iterator[str]:
     """Check that the archive holds what the header says: rpm itself looks only when it installs."""
-    payload = work / "payload"
-    payload.write_bytes(file.read_bytes()[header["payload_offset"] :])
-    members = read_initramfs(payload, work).members
+    members = _payload(file, header, work)
     for found in files(header):
         member = members.get(found.path.strip("/"))
         if member is None or member.mode != found.mode:
             yield f"{found.path} is not in the archive as the header has it"
         elif stat.S_ISREG(found.mode) and hashlib.sha256(member.content).hexdigest() != found.digest:
             yield f"{found.path} is in the archive with other content"
+
+
+def _payload(file: Path, header: Mapping[str, Any], work: Path) -> Mapping[str, Member]:
+    """Return what a package's archive holds: the same format as an initramfs (cpio, newc)."""
+    payload = work / "payload"
+    payload.write_bytes(file.read_bytes()[header["payload_offset"] :])
+    return read_initramfs(payload, work).members
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from anchor_build.errors import AnchorError, ProcessError
-from anchor_build.run import run
+from anchor_build.run import run, which
 
 LIMIT_S = 120
 KEY_FILE = "repodata/repomd.xml.key"
@@ -44,7 +44,9 @@ def find_key(name: str) -> str:
 def sign_packages(files: Sequence[Path], fingerprint: str, seconds: int, work: Path) -> None:
     """Sign packages in place, and check the signatures against the public key alone."""
     try:
-        run(["rpmsign", "--define", f"_gpg_name {fingerprint}", "--addsign", *files], timeout=LIMIT_S)
+        # Debian's rpm does not look for gpg on PATH.
+        defines = ["--define", f"_gpg_name {fingerprint}", "--define", f"__gpg {which('gpg')}"]
+        run(["rpmsign", *defines, "--addsign", *files], timeout=LIMIT_S)
     except ProcessError as error:
         raise ProcessError(["rpmsign", "--addsign"], error.status, error.tail, NO_TERMINAL) from None
     public, database = work / "key.asc", work / "keys"

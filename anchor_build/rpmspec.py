@@ -86,7 +86,7 @@ class Packaging:
 def package_version() -> tuple[str, str]:
     """Return version and release of the packages; `%{?dist}` is added to the release."""
     # A development version of PEP 440 comes before its release: rpm's sign for that is ~.
-    return re.sub(r"\.?(dev|a|b|rc)([0-9]+)", r"~\1\2", __version__), "1"
+    return re.sub(r"(?<=[0-9])\.?(dev|a|b|rc)([0-9]+)", r"~\1\2", __version__), "1"
 
 
 def package_name(stage: Stage) -> str:

@@ -96,10 +96,17 @@ def test_arguments_reach_anchor_build_unchanged(checkout: Checkout, tmp_path: Pa
     assert log[-4:] == [f"<{tmp_path / 'root'}>", "<check>", "<root=anchor  a='b c'>", "<$(id)>"]
 
 
-def test_no_arguments_mean_help_until_there_is_an_rpm_command(checkout: Checkout, tmp_path: Path) -> None:
-    assert checkout.run()[1][-1] == "anchor-build --help"
-    (tmp_path / "tree/anchor_build/commands/rpm.py").touch()
-    assert checkout.run()[1][-1] == "anchor-build rpm"
+def test_no_arguments_build_the_packages_in_the_checkout(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.stand_in("python3", PYTHON + '[[ $0 != */anchor-build ]] || printf "<%s>\\n" "$PWD" >>"$LOG"\n')
+    _, log, _ = checkout.run(cwd=tmp_path / "root", MISSING="rpm")
+    assert log[-2:] == ["anchor-build rpm", f"<{tmp_path / 'tree'}>"]
+    assert any(line.endswith("--no-install-recommends rpm") for line in ran(log, "apt-get"))
+
+
+def test_what_packages_need_is_installed_for_them_only(checkout: Checkout) -> None:
+    for words, asked in ((["-v", "rpm", "--repo"], True), (["-v", "stages"], False), (["show", "rpm"], False)):
+        _, log, _ = checkout.run(*words, MISSING="rpm")
+        assert any(line.endswith("rpm") for line in ran(log, "apt-get")) is asked, words
 
 
 @pytest.mark.parametrize(
@@ -241,7 +248,7 @@ def test_other_systems_are_told_what_to_do(checkout: Checkout) -> None:
 def test_package_table_is_whole() -> None:
     lines = (CHECKOUT / "contrib/packages.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split() for line in lines if line and not line.startswith("#")]
-    assert {row[0] for row in rows} == {"build", "demo", "test", "bench"}
+    assert {row[0] for row in rows} == {"build", "rpm", "demo", "test", "bench"}
     assert all(len(row) == 3 for row in rows)
     debs = [row[1] for row in rows if row[1] != "-"]
     assert len(debs) == len(set(debs))

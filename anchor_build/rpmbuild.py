@@ -44,6 +44,7 @@ FIXED = {
     "_changelog_trimage": "0",
     "_changelog_trimtime": "0",
     "_build_id_links": "none",
+    "_srcdefattr": "(0644,root,root)",
     # What every rpm since 4.14 can read and write, whatever this one prefers.
     "_binary_payload": "w9.gzdio",
     "_source_payload": "w9.gzdio",
@@ -203,34 +204,17 @@ def _rpm(argv: list[str], seconds: int, work: Path, *, log: Path | None = None) 
 
 
 def _rpmbuild(build: RpmBuild, prepared: _Prepared, work: Path, made: Path) -> list[Path]:
-    """Run rpmbuild, and return its packages in `made`: the source package, if it is wanted, and the others."""
+    """Run rpmbuild; return its packages in `made`, in the order of the packaging, and last the source package."""
     packaging = prepared.packaging
-    (work / packaging.source_name).write_bytes(prepared.archive)
     spec = work / f"{rpmspec.NAME}.spec"
-    spec.write_text(prepared.spec, encoding="utf-8")
-    places = {
-        "_topdir": work,
-        "_sourcedir": work,
-        "_specdir": work,
-        "_rpmdir": work / "made",
-        "_srcrpmdir": work / "made",
-    }
-    places |= {"_builddir": work / "build", "_buildrootdir": work / "root", "_tmppath": work / "tmp"}
-    for place in places.values():
-        place.mkdir(exist_ok=True)
-    defines = {**FIXED, **{name: str(place) for name, place in places.items()}, "dist": prepared.dist or "%{nil}"}
-    argv = ["rpmbuild", "-ba" if build.source else "-bb", "--target", "noarch"]
-    argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
-    argv += [word for name in UNDEFINED for word in ("--undefine", name)]
-    log = work / "rpmbuild.log"
-    try:
-        _rpm([*argv, str(spec)], packaging.time, work, log=log)
-    except ProcessError as error:
-        hint = "run again with -v to see all that rpmbuild says"
-        raise ProcessError(["rpmbuild", argv[1], spec.name], error.status, error.tail, hint) from None
-    finally:
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
-            build.tell(line)
+    for path, content in {work / packaging.source_name: prepared.archive, spec: prepared.spec.encode()}.items():
+        path.write_bytes(content)
+        path.chmod(0o644)
+    _run_rpmbuild(build, "-bb", spec, str(work), prepared)
+    if build.source:
+        # A source package keeps its spec with every macro expanded, directories too: here they are relative, which is
+        # enough where nothing is built.
+        _run_rpmbuild(build, "-bs", spec, ".", prepared)
     built = sorted((work / "made").glob("*.rpm"))
     evr = f"{packaging.version}-{packaging.release}{prepared.dist}"
     wanted = [f"{package.name}-{evr}.noarch.rpm" for package in packaging.packages]
@@ -240,6 +224,26 @@ def _rpmbuild(build: RpmBuild, prepared: _Prepared, work: Path, made: Path) -> l
     for name in wanted:
         _copy(work / "made" / name, made / name, packaging.time)
     return [made / name for name in wanted]
+
+
+def _run_rpmbuild(build: RpmBuild, mode: str, spec: Path, top: str, prepared: _Prepared) -> None:
+    places = {"_topdir": ".", "_sourcedir": ".", "_specdir": ".", "_rpmdir": "made", "_srcrpmdir": "made"}
+    places |= {"_builddir": "build", "_buildrootdir": "root", "_tmppath": "tmp"}
+    for place in places.values():
+        (spec.parent / place).mkdir(exist_ok=True)
+    defines = {**FIXED, **{name: f"{top}/{place}" for name, place in places.items()}, "dist": prepared.dist or "%{nil}"}
+    argv = ["rpmbuild", mode, "--target", "noarch"]
+    argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
+    argv += [word for name in UNDEFINED for word in ("--undefine", name)]
+    log = spec.with_name("rpmbuild.log")
+    try:
+        _rpm([*argv, spec.name], prepared.packaging.time, spec.parent, log=log)
+    except ProcessError as error:
+        hint = "run again with -v to see all that rpmbuild says"
+        raise ProcessError(["rpmbuild", mode, spec.name], error.status, error.tail, hint) from None
+    finally:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+            build.tell(line)
 
 
 def _copy(source: Path, target: Path, seconds: int) -> None:

@@ -1,0 +1,171 @@
+"""The packages as a distribution's tools see them: rpmlint, rpm on private roots, and dnf with the made repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOP
+from tests.integration import rpm_host
+from tests.integration.rpm_host import KEY_NAME, TIME, Root, build, needed, report, run
+
+pytestmark = pytest.mark.slow
+# What rpmlint goes on to warn of, and why it stays.
+EXPLAINED = {
+    "requires-on-release": "a stage works with the core that it was rendered with",
+    "only-non-binary-in-usr-lib": "dracut's modules are in /usr/lib, and are shell",
+    "obsolete-not-provided": "the older package was split: its name is still that of the core, which provides it",
+    "no-url-tag": "the project has no page of its own",
+    "invalid-url": "the source archive is rendered by anchor-build, not downloaded",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A signed repository, its key, and what a distribution would have besides."""
+
+    out: Path
+    stand_ins: list[Path]
+    newer: Path
+    old: Path
+
+    @property
+    def packages(self) -> list[Path]:
+        """The binary packages."""
+        return sorted(self.out.glob("*.noarch.rpm"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    top = tmp_path_factory.mktemp("rpm")
+    with rpm_host.signing_key() as home:
+        words = ["--srpm", "--repo", "--sign", KEY_NAME]
+        build(top / "out", *words, GNUPGHOME=str(home))
+        build(top / "newer", "--dist", ".1", SOURCE_DATE_EPOCH=str(TIME + 1))
+        stand_ins = rpm_host.stand_ins(top / "distribution", needed(top / "out"))
+        run("createrepo_c", "--quiet", top / "distribution")
+        [old] = rpm_host.old_package(top / "old")
+        yield Made(top / "out", stand_ins, top / "newer", old)
+
+
+@pytest.fixture
+def root(made: Made, tmp_path: Path) -> Root:
+    """Return a fresh root in which the distribution's packages are installed."""
+    fresh = Root(tmp_path / "root")
+    fresh.path.mkdir()
+    fresh.rpm("-Uvh", *made.stand_ins)
+    return fresh
+
+
+def names(packages: list[str]) -> list[str]:
+    return sorted(name for name in packages if name.startswith("anchor"))
+
+
+def test_rpmlint_has_no_error_and_each_warning_is_explained(made: Made, tmp_path: Path) -> None:
+    # rpmlint knows the keys that rpm's database holds: it gets one of its own.
+    (tmp_path / ".rpmmacros").write_text(f"%_dbpath {tmp_path / 'database'}\n%_keyring rpmdb\n")
+    run("rpmkeys", "--import", made.out / "repodata" / "repomd.xml.key", HOME=str(tmp_path))
+    done = run("rpmlint", "-c", TOP / "specs" / "rpmlint.toml", *sorted(made.out.glob("*.rpm")), HOME=str(tmp_path))
+    assert f"{len(made.packages) + 1} packages and" in done.out
+    assert " 0 errors," in done.out
+    warnings = {line.split(": W: ")[1].split()[0] for line in done.out.splitlines() if ": W: " in line}
+    assert warnings == set(EXPLAINED)
+
+
+def test_install_verify_and_remove_leave_nothing(made: Made, root: Root) -> None:
+    before = root.files()
+    root.rpm("-Uvh", *made.packages)
+    assert len(names(root.packages())) == len(made.packages)
+    modules = sorted(path.name for path in (root.path / rpm_host.MODULES).iterdir())
+    assert modules[:3] == ["50anchor", "51anchor-auth-acme", "51anchor-auth-none"]
+    own = [package["name"] for package in report(made.out)["packages"]]
+    assert root.rpm("-V", *own).out == ""
+    (root.path / rpm_host.MODULES / "50anchor" / "params.sh").chmod(0o777)
+    assert root.rpm("-V", *own, check=False).out.startswith(".M")
+    root.rpm("-e", *own)
+    assert names(root.packages()) == []
+    left = set(root.files()) - set(before)
+    # Directories that belong to the distribution's own packages: dracut, filesystem.
+    assert all((root.path / path).is_dir() and "anchor" not in path for path in left), left
+
+
+def test_upgrade_from_the_build_before(made: Made, root: Root) -> None:
+    root.rpm("-Uvh", *made.packages)
+    root.rpm("-Uvh", *sorted(made.newer.glob("*.noarch.rpm")))
+    assert len(names(root.packages())) == len(made.packages)
+    releases = root.rpm("-qa", "--qf", "%{NAME} %{RELEASE}\n").out
+    assert {line.split()[1] for line in releases.splitlines() if line.startswith("anchor")} == {"1.1"}
+    assert root.rpm("-V", "anchor-dracut-module", "anchor-dracut-auth-acme").out == ""
+
+
+def test_a_stage_of_another_build_is_refused(made: Made, root: Root) -> None:
+    root.rpm("-Uvh", *made.packages)
+    done = root.rpm("-Uvh", *made.newer.glob("anchor-dracut-auth-none*"), check=False)
+    assert done.status != 0
+    assert "anchor-dracut-module = " in done.err
+
+
+def test_upgrade_from_anchor_0_1_5(made: Made, root: Root) -> None:
+    root.rpm("-Uvh", made.old)
+    old = root.path / rpm_host.MODULES / "50anchor" / "parse-anchor.sh"
+    assert old.exists()
+    root.rpm("-Uvh", *made.packages)
+    assert not old.exists()
+    assert "anchor-dracut-module-0.1.5" not in root.packages()
+    assert root.rpm("-V", "anchor-dracut-module").out == ""
+
+
+@dataclass(frozen=True)
+class Dnf:
+    """dnf on a private root, with the made repository and that of the distribution."""
+
+    root: Path
+    made: Made
+
+    def run(self, *words: str) -> rpm_host.Ended:
+        """Run dnf without network, the host's settings, cache or log."""
+        place = self.root.parent
+        config = place / "dnf.conf"
+        config.write_text(
+            "[main]\nplugins=0\nkeepcache=0\n"
+            f"cachedir={place / 'dnf'}\nlogdir={place / 'dnf'}\npersistdir={place / 'dnf'}\nreposdir=/nonexistent\n"
+            f"[distribution]\nname=distribution\nbaseurl=file://{self.made.stand_ins[0].parent}\ngpgcheck=0\n"
+            f"[anchor]\nname=anchor\nbaseurl=file://{self.made.out}\ngpgcheck=1\nrepo_gpgcheck=1\n"
+            f"gpgkey=file://{self.made.out}/repodata/repomd.xml.key\n"
+        )
+        options = ["--config", str(config), "--installroot", str(self.root), "--releasever", "9", "--assumeyes"]
+        # The database of the private root is where the distribution's rpm has it, whatever Debian's thinks.
+        return run("dnf", *options, "--setopt=logdir=/var/log", *words, HOME=str(place))
+
+
+@pytest.fixture
+def dnf(made: Made, tmp_path: Path) -> Dnf:
+    (tmp_path / "root").mkdir()
+    return Dnf(tmp_path / "root", made)
+
+
+def installed(dnf: Dnf) -> list[str]:
+    return dnf.run("repoquery", "--installed", "--qf", "%{name}").out.split()
+
+
+def test_dnf_resolves_a_stage_with_all_that_it_needs(dnf: Dnf) -> None:
+    dnf.run("install", "anchor-dracut-auth-acme", "anchor-dracut-image-squashfs")
+    found = installed(dnf)
+    assert names(found) == [
+        *("anchor-dracut-auth-acme", "anchor-dracut-image-squashfs", "anchor-dracut-module"),
+        "anchor-dracut-transport-https",
+    ]
+    assert {"uacme", "socat", "curl", "dracut", "dracut-network", "iproute"} <= set(found)
+    assert (dnf.root / rpm_host.MODULES / "52anchor-transport-https" / "stage.sh").is_file()
+
+
+def test_dnf_upgrades_anchor_0_1_5_to_what_it_could_do(dnf: Dnf, made: Made) -> None:
+    dnf.run("install", str(made.old))
+    assert installed(dnf) == ["anchor-dracut-module"]
+    dnf.run("upgrade")
+    found = names(installed(dnf))
+    assert {"anchor-dracut-auth-acme", "anchor-dracut-image-squashfs", "anchor-dracut-transport-https"} <= set(found)
+    assert not (dnf.root / rpm_host.MODULES / "50anchor" / "parse-anchor.sh").exists()

@@ -23,6 +23,7 @@ TOOLS = (
 )
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
+RPMBUILD = Binary("rpmbuild", "rpm-build", "rpm")
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -47,6 +48,7 @@ def examine(plan: Plan) -> list[Finding]:
     findings += [
         _systemd_networkd(),
         _kernels(),
+        _program("packages", RPMBUILD, needed=False),
         _program("boot", QEMU, needed=False),
         _root(),
         _work_space(),

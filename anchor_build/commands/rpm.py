@@ -22,8 +22,8 @@ from anchor_build.options import complete_stage, json_option, registry_of, stage
 @click.option("--all", "every", is_flag=True, help="Every stage there is, as without --stage.")
 @stage_dir_option
 @click.option(
-    "--out",
     "-o",
+    "--out",
     "output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("out/rpm"),

@@ -31,21 +31,27 @@ class Ended:
     err: str
 
 
-def run(*words: str | Path, check: bool = True, cwd: Path | None = None, **extra: str) -> Ended:
-    """Run a program with `extra` in its environment."""
-    env = {"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **extra}
+def run(*words: str | Path, check: bool = True, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Ended:
+    """Run a program with `env` added to its environment."""
+    whole = {"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **(env or {})}
     done = subprocess.run(
-        [str(word) for word in words], env=env, cwd=cwd, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [str(word) for word in words], env=whole, cwd=cwd, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert not check or done.returncode == 0, f"{words}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def build(out: Path, *words: str | Path, check: bool = True, cwd: Path | None = None, **extra: str) -> Ended:
-    """Run `anchor-build rpm` as a user does, at a fixed time unless `extra` has another."""
+def build(
+    out: Path,
+    *words: str | Path,
+    check: bool = True,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run `anchor-build rpm` as a user does, at a fixed time unless `env` has another."""
     argv = [sys.executable, "-m", "anchor_build", "rpm", "--out", out, *words]
-    env = {"PYTHONPATH": str(TOP), "SOURCE_DATE_EPOCH": str(TIME), "XDG_CACHE_HOME": str(out.parent / "cache"), **extra}
-    return run(*argv, check=check, cwd=cwd or out.parent, **env)
+    own = {"PYTHONPATH": str(TOP), "SOURCE_DATE_EPOCH": str(TIME), "XDG_CACHE_HOME": str(out.parent / "cache")}
+    return run(*argv, check=check, cwd=cwd or out.parent, env={**own, **(env or {})})
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -65,10 +71,10 @@ def signing_key() -> Iterator[Path]:
     home = Path(tempfile.mkdtemp(prefix="anchor-gpg-"))
     try:
         words = ["gpg", "--batch", "--passphrase", "", "--quick-gen-key", KEY_NAME, "rsa2048", "sign", "never"]
-        run(*words, GNUPGHOME=str(home))
+        run(*words, env={"GNUPGHOME": str(home)})
         yield home
     finally:
-        run("gpgconf", "--kill", "gpg-agent", check=False, GNUPGHOME=str(home))
+        run("gpgconf", "--kill", "gpg-agent", check=False, env={"GNUPGHOME": str(home)})
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -82,7 +88,7 @@ def make_rpms(out: Path, spec: str, files: Mapping[str, str] | None = None) -> l
         out.mkdir(exist_ok=True)
         defines = {"_topdir": top, "_sourcedir": top, "_rpmdir": out, "_rpmfilename": "%%{NAME}-%%{VERSION}.rpm"}
         words = [word for key, value in defines.items() for word in ("--define", f"{key} {value}")]
-        run("rpmbuild", "-bb", "--target", "noarch", *words, top / "it.spec", HOME=name)
+        run("rpmbuild", "-bb", "--target", "noarch", *words, top / "it.spec", env={"HOME": name})
     return sorted(out.glob("*.rpm"))
 
 

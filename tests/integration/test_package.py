@@ -91,6 +91,13 @@ def test_the_other_commands_work_from_elsewhere(installed: Installed) -> None:
     assert "anchor-build" in installed.run("--version").stdout
 
 
+def test_the_modules_are_packaged_from_elsewhere(installed: Installed) -> None:
+    """The spec's template, the changelog and the licence travel with it, too."""
+    done = installed.run("rpm", "--stage", "none", "--out", "packages")
+    assert done.returncode == 0, done.stderr
+    assert len(list((installed.elsewhere / "packages").glob("*.noarch.rpm"))) == 2
+
+
 def test_a_package_of_stages_is_found_beside_it(installed: Installed, installed_package: Path) -> None:
     done = installed.run("show", "local-file", "--json", path=f":{installed_package}")
     assert done.returncode == 0, done.stderr

@@ -43,8 +43,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     top = tmp_path_factory.mktemp("rpm")
     with rpm_host.signing_key() as home:
         words = ["--srpm", "--repo", "--sign", KEY_NAME]
-        build(top / "out", *words, GNUPGHOME=str(home))
-        build(top / "newer", "--dist", ".1", SOURCE_DATE_EPOCH=str(TIME + 1))
+        build(top / "out", *words, env={"GNUPGHOME": str(home)})
+        build(top / "newer", "--dist", ".1", env={"SOURCE_DATE_EPOCH": str(TIME + 1)})
         stand_ins = rpm_host.stand_ins(top / "distribution", needed(top / "out"))
         run("createrepo_c", "--quiet", top / "distribution")
         [old] = rpm_host.old_package(top / "old")
@@ -67,8 +67,10 @@ def names(packages: list[str]) -> list[str]:
 def test_rpmlint_has_no_error_and_each_warning_is_explained(made: Made, tmp_path: Path) -> None:
     # rpmlint knows the keys that rpm's database holds: it gets one of its own.
     (tmp_path / ".rpmmacros").write_text(f"%_dbpath {tmp_path / 'database'}\n%_keyring rpmdb\n")
-    run("rpmkeys", "--import", made.out / "repodata" / "repomd.xml.key", HOME=str(tmp_path))
-    done = run("rpmlint", "-c", TOP / "specs" / "rpmlint.toml", *sorted(made.out.glob("*.rpm")), HOME=str(tmp_path))
+    run("rpmkeys", "--import", made.out / "repodata" / "repomd.xml.key", env={"HOME": str(tmp_path)})
+    done = run(
+        "rpmlint", "-c", TOP / "specs" / "rpmlint.toml", *sorted(made.out.glob("*.rpm")), env={"HOME": str(tmp_path)}
+    )
     assert f"{len(made.packages) + 1} packages and" in done.out
     assert " 0 errors," in done.out
     warnings = {line.split(": W: ")[1].split()[0] for line in done.out.splitlines() if ": W: " in line}
@@ -138,7 +140,7 @@ class Dnf:
         )
         options = ["--config", str(config), "--installroot", str(self.root), "--releasever", "9", "--assumeyes"]
         # The database of the private root is where the distribution's rpm has it, whatever Debian's thinks.
-        return run("dnf", *options, "--setopt=logdir=/var/log", *words, HOME=str(place))
+        return run("dnf", *options, "--setopt=logdir=/var/log", *words, env={"HOME": str(place)})
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_an_initramfs_of_plain_dracut_boots(host: Host, site: Site, tmp_path: Pa
     (own.top / "etc" / "anchor").mkdir()
     shutil.copy(site.authority.certificate, own.top / "etc" / "anchor" / "ca.pem")
     initrd = tmp_path / "node.img"
-    kernel = ["--kver", site.root_image.modules.name, "--kmoddir", site.root_image.modules]
+    kernel: list[str | Path] = ["--kver", site.root_image.modules.name, "--kmoddir", site.root_image.modules]
     own.dracut(initrd, *kernel, "--compress", "zstd -3 -T0 -q", "--add", STAGES)
     append = (
         f"root=anchor rd.anchor.acme.server={site.acme_server} rd.anchor.squashfs.url={site.url} {site.digest} "

@@ -96,6 +96,30 @@ def test_check_names_every_missing_program(write_stage: WriteStage) -> None:
     ]
 
 
+def test_optional_programs_are_taken_where_they_are_there(write_stage: WriteStage) -> None:
+    programs = '{ name = "must", rpm = "r", deb = "d" }, { name = "may", rpm = "r", deb = "d", optional = true }'
+    module = render_module(load_stage(write_stage(header=f"binaries = [{programs}]"), "a test"))
+    fakes = (
+        'require_binaries() { [[ $1 == must ]]; }; inst_simple() { :; }; inst_multiple() { echo "$*"; }; moddir=/x\n'
+    )
+    assert setup_values(module, f'{fakes}check; echo "$?"; install') == ["255", "must", "-o may"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("dracutmodules=auto add_dracutmodules=' anchor anchor-image-squashfs '", ["anchor", "anchor-transport-https"]),
+        ("dracutmodules=auto add_dracutmodules=' anchor-image-squashfs anchor-transport-site '", ["anchor"]),
+        ("dracutmodules='base anchor-transport-site anchor-image-squashfs' add_dracutmodules=", ["anchor"]),
+        ("force_add_dracutmodules='anchor-transport-https'", ["anchor"]),
+        ("", ["anchor", "anchor-transport-https"]),
+    ],
+)
+def test_what_fetches_brings_a_transport_unless_one_is_named(asked: str, expected: list[str]) -> None:
+    module = render_module(load_registry().find("image", "squashfs"))
+    assert setup_values(module, f"dracutbasedir=/x {asked}; depends") == expected
+
+
 def test_a_module_joins_an_initramfs_only_when_asked(site_module: RenderedModule) -> None:
     assert setup_values(site_module, 'require_binaries() { :; }; check; echo "$?"') == ["255"]
 

@@ -43,9 +43,27 @@ REFUSED_HEADERS = {
     'binaries = [{ name = "curl", rpm = "curl" }]': "stage.binaries[0].deb: is missing",
     'binaries = [{ name = "a;b", rpm = "a", deb = "a" }]': "stage.binaries[0].name: 'a;b' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a\\nb" }]': "stage.binaries[0].deb: 'a\\nb' does not match",
+    'binaries = [{ name = "a", rpm = "a", deb = "a", suse = "a;b" }]': "stage.binaries[0].suse: 'a;b' does not match",
+    'binaries = [{ name = "a", rpm = "a", deb = "a", optional = 1 }]': "stage.binaries[0].optional: is not true or false",
+    'obsoletes = ["older"]': "stage.obsoletes: 'older' does not match",
+    'obsoletes = ["older < 1 %(touch /x)"]': "stage.obsoletes: 'older < 1 %(touch /x)' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", apt = "a" }]': "stage.binaries[0].apt: is not a known key",
     'sumary = "x"': "stage.sumary: is not a known key",
 }
+
+
+@pytest.mark.parametrize(
+    ("packages", "where"),
+    [
+        ('rpm = "r", deb = "d"', "d (deb) or r (rpm)"),
+        ('rpm = "r", suse = "s", deb = "d"', "d (deb), r (rpm) or s (suse)"),
+        ('rpm = "-", deb = "d"', "d (deb)"),
+        ('rpm = "-", deb = "-"', "it yourself"),
+    ],
+)
+def test_packages_of_a_program(write_stage: WriteStage, packages: str, where: str) -> None:
+    stage = load_stage(write_stage(header=f'binaries = [{{ name = "a", {packages} }}]'), "a test")
+    assert stage.binaries[0].where == where
 
 
 @pytest.mark.parametrize("header", REFUSED_HEADERS)

@@ -44,7 +44,7 @@ REFUSED_HEADERS = {
     'binaries = [{ name = "a;b", rpm = "a", deb = "a" }]': "stage.binaries[0].name: 'a;b' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a\\nb" }]': "stage.binaries[0].deb: 'a\\nb' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", suse = "a;b" }]': "stage.binaries[0].suse: 'a;b' does not match",
-    'binaries = [{ name = "a", rpm = "a", deb = "a", optional = 1 }]': "stage.binaries[0].optional: is not true or false",
+    'binaries = [{ name = "a", rpm = "a", deb = "a", optional = 1 }]': "stage.binaries[0].optional: is not true",
     'obsoletes = ["older"]': "stage.obsoletes: 'older' does not match",
     'obsoletes = ["older < 1 %(touch /x)"]': "stage.obsoletes: 'older < 1 %(touch /x)' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", apt = "a" }]': "stage.binaries[0].apt: is not a known key",

@@ -27,6 +27,7 @@ from anchor_build.render import module_digest
 from anchor_build.rpmcheck import problems_of, source_problems
 from anchor_build.run import Completed, run, which
 from anchor_build.stage import Stage
+from anchor_build.version import git, source_date_epoch, tree_version
 
 REPORT = "packages.json"
 LIMIT_S = 300
@@ -82,6 +83,7 @@ class _Prepared:
     dist: str
     signer: str | None
     inputs: dict[str, str]
+    warnings: tuple[str, ...]
 
 
 def host_family() -> str:
@@ -159,24 +161,22 @@ def source_time() -> int:
     A clock reading would make two builds of the same inputs differ. Raises AnchorError for a SOURCE_DATE_EPOCH that
     is no number (reproducible-builds.org/specs/source-date-epoch).
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH")
+    given = source_date_epoch()
     if given is not None:
-        if not given.isdigit():
-            raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
-        return int(given)
+        return given
     top = data_directory()
-    if (top / ".git").exists() and which("git"):
-        git = ["git", "-c", f"safe.directory={top}", f"--git-dir={top / '.git'}", "log", "-1", "--format=%ct"]
-        done = run(git, cwd=top, check=False, timeout=LIMIT_S)
-        if done.status == 0 and done.stdout.strip().isdigit():
-            return int(done.stdout)
+    if (top / ".git").exists() and which("git") is not None:
+        committed = git(top, "log", "-1", "--format=%ct", check=False)
+        if committed.status == 0:
+            return int(committed.stdout)
     newest = max(int(path.stat().st_mtime) for path in (top / "dracut-modules").rglob("*"))
     return min(newest, int(time.time()))
 
 
 def _prepare(build: RpmBuild, packages: tuple[rpmspec.Package, ...], work: Path) -> _Prepared:
-    version, release = rpmspec.package_version()
-    packaging = rpmspec.make_packaging(packages, version, release, source_time())
+    tree = tree_version()
+    version = tree.version.rpm
+    packaging = rpmspec.make_packaging(packages, version.version, version.release, source_time())
     spec, archive = rpmspec.render_spec(packaging), rpmspec.source_archive(packaging)
     dist = build.dist
     if dist is None:
@@ -193,7 +193,7 @@ def _prepare(build: RpmBuild, packages: tuple[rpmspec.Package, ...], work: Path)
         "repository": rpmrepo.version() if build.repository else "none",
         "anchor-build": __version__,
     }
-    return _Prepared(packaging, spec, archive, dist, signer, inputs)
+    return _Prepared(packaging, spec, archive, dist, signer, inputs, tree.warnings)
 
 
 def _rpm(argv: list[str], seconds: int, work: Path, *, log: Path | None = None) -> Completed:
@@ -274,6 +274,7 @@ def _report(build: RpmBuild, prepared: _Prepared, made: Path) -> dict[str, Any]:
         "family": build.family,
         "build_time": packaging.time,
         "signed_by": prepared.signer,
+        "warnings": list(prepared.warnings),
         "packages": [
             {
                 "name": package.name,

@@ -13,7 +13,7 @@ from datetime import date
 
 import jinja2
 
-from anchor_build import __version__, changelog
+from anchor_build import changelog
 from anchor_build.describe import stage_reference
 from anchor_build.dracut import module_packages
 from anchor_build.errors import AnchorError, InvalidFilesError
@@ -81,12 +81,6 @@ class Packaging:
     def source_name(self) -> str:
         """The name of the source archive."""
         return f"{NAME}-{self.version}.tar.gz"
-
-
-def package_version() -> tuple[str, str]:
-    """Return version and release of the packages; `%{?dist}` is added to the release."""
-    # A development version of PEP 440 comes before its release: rpm's sign for that is ~.
-    return re.sub(r"(?<=[0-9])\.?(dev|a|b|rc)([0-9]+)", r"~\1\2", __version__), "1"
 
 
 def package_name(stage: Stage) -> str:

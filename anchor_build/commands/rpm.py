@@ -84,6 +84,8 @@ def command(
         tell=lambda line: console.detail(f"  | {line}"),
     )
     report, built = build_packages(build, console.step)
+    for text in report["warnings"]:
+        console.warn(text)
     if as_json:
         console.json({**report, "built": built})
         return

@@ -60,9 +60,13 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class RpmBuild:
-    """Everything that decides which packages are made, and where they go; `dist` is None for what the macros say."""
+    """Everything that decides which packages are made, and where they go.
+
+    `known` are all stages that could have been chosen; `dist` is None for what rpm's macros say.
+    """
 
     stages: tuple[Stage, ...]
+    known: tuple[Stage, ...]
     output: Path
     family: str
     dist: str | None = None
@@ -103,7 +107,7 @@ def build_packages(build: RpmBuild, step: Step) -> tuple[dict[str, Any], bool]:
     AnchorError for everything that is missing or cannot be written, a failed rpmbuild, and packages that are not what
     was to be packaged.
     """
-    packages = rpmspec.make_packages(build.stages, build.family)
+    packages = rpmspec.make_packages(build.stages, build.family, build.known)
     _check_host(build)
     with _work_directory() as work:
         prepared = _prepare(build, packages, work)

@@ -17,9 +17,9 @@ from anchor_build import changelog
 from anchor_build.describe import stage_reference
 from anchor_build.dracut import module_packages
 from anchor_build.errors import AnchorError, InvalidFilesError
-from anchor_build.plan import DEFAULTS
+from anchor_build.plan import DEFAULTS, Plan
 from anchor_build.registry import Registry, data_directory
-from anchor_build.render import RenderedModule, render_module
+from anchor_build.render import RenderedModule, render_plan
 from anchor_build.stage import DECLARATION, NO_PACKAGE, Binary, Stage
 
 FAMILIES = ("fedora", "suse")
@@ -99,9 +99,10 @@ def choose_stages(registry: Registry, names: Sequence[Stage] = ()) -> tuple[Stag
     return (registry.core, *(stage for stage in registry.stages if stage.id in wanted))
 
 
-def make_packages(stages: Sequence[Stage], family: str) -> tuple[Package, ...]:
-    """Render each stage and say what its package needs in a family of distributions.
+def make_packages(stages: Sequence[Stage], family: str, known: Sequence[Stage] = ()) -> tuple[Package, ...]:
+    """Render each stage, the core first, and say what its package needs in a family of distributions.
 
+    `known` are all stages that could have been chosen: the core refuses what asks for one that is not installed.
     Raises InvalidFilesError with every program that has no package there, as ``file: key: reason``.
     """
     problems = [text for stage in stages for text in _without_package(stage, family)]
@@ -109,7 +110,8 @@ def make_packages(stages: Sequence[Stage], family: str) -> tuple[Package, ...]:
         raise InvalidFilesError(
             problems, "name the package there, mark the program as optional, or leave the stage out with --stage"
         )
-    return tuple(_package(stage, family) for stage in stages)
+    modules = render_plan(Plan(stages[0], tuple(stages[1:]), tuple(known)))
+    return tuple(_package(module, family) for module in modules)
 
 
 def _without_package(stage: Stage, family: str) -> Iterator[str]:
@@ -124,7 +126,8 @@ def _package_of(binary: Binary, family: str) -> str:
     return (binary.suse or binary.rpm) if family == "suse" else binary.rpm
 
 
-def _package(stage: Stage, family: str) -> Package:
+def _package(module: RenderedModule, family: str) -> Package:
+    stage = module.stage
     documents = {"reference.md": stage_reference(stage).encode()}
     if stage.is_core:
         documents[EXAMPLE] = (data_directory() / "specs" / EXAMPLE).read_bytes()
@@ -132,7 +135,7 @@ def _package(stage: Stage, family: str) -> Package:
     paragraphs = (text, ADVICE.format(module=stage.module))
     return Package(
         package_name(stage),
-        render_module(stage),
+        module,
         _summary(stage.summary),
         "\n\n".join(textwrap.fill(paragraph, TEXT_WIDTH, break_on_hyphens=False) for paragraph in paragraphs),
         tuple(_relations(stage, family)),

@@ -75,6 +75,7 @@ def command(
     registry = registry_of(stage_dir)
     build = RpmBuild(
         stages=choose_stages(registry, [find_stage(registry, name) for name in names]),
+        known=registry.stages,
         output=output,
         family=family or host_family(),
         dist=dist,

@@ -15,10 +15,14 @@ from anchor_build.changelog import Release
 from anchor_build.errors import AnchorError, InvalidFilesError
 from anchor_build.registry import load_registry
 from anchor_build.rpmspec import choose_stages, make_packages, make_packaging, render_spec, source_archive
-from anchor_build.stage import load_stage
+from anchor_build.stage import Stage, load_stage
 from tests.conftest import SITE_STAGES, WriteStage
 
 TIME = 1_700_000_000  # 2023-11-14
+
+
+def one(stage: Stage, family: str = "fedora") -> rpmspec.Package:
+    return make_packages([load_registry().core, stage], family)[1]
 
 
 def packaging(version: str = "1.2.3", release: str = "1") -> rpmspec.Packaging:
@@ -72,8 +76,7 @@ def test_optional_programs_are_recommended(write_stage: WriteStage) -> None:
         '{ name = "d", rpm = "-", deb = "d", optional = true }'
     )
     stage = load_stage(write_stage(header=f"binaries = [{binaries}]"), "a test")
-    [package] = make_packages([stage], "fedora")
-    assert package.relations == (("Requires", "both"), ("Recommends", "a-rpm"))
+    assert one(stage).relations == (("Requires", "both"), ("Recommends", "a-rpm"))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_a_program_without_a_package_is_named_by_file_and_key(
     header = f'binaries = [{{ name = "sh", rpm = "sh", deb = "sh" }}, {{ name = "tool", deb = "tool", {names} }}]'
     directory = write_stage(header=header)
     with pytest.raises(InvalidFilesError) as caught:
-        make_packages([load_stage(directory, "a test")], family)
+        one(load_stage(directory, "a test"), family)
     [problem] = caught.value.problems
     expected = f"stage.binaries[1].{key}: names no package of tool for the family {family}"
     assert problem == f"{directory / 'stage.toml'}: {expected}"

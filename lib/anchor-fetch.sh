@@ -1,19 +1,24 @@
 #!/bin/sh
-# The one download path: attempts until a deadline, resuming what is there; the digest taken while the file grows;
-# and never more than fits into memory. What carries the bytes is a transport stage.
+# The one download path: mirrors and attempts until a deadline, resuming what is there; the digest taken while the file
+# grows; and never more than fits into memory. What carries the bytes is a transport stage.
 #
 # A transport's anchor_<transport>_run URL FILE MAX_BYTES makes one attempt: it appends to FILE (never rewrites it: its
 # digest is taken as it grows) and may keep state in FILE.<transport>; both lie in a private directory that goes away
 # with the download. MAX_BYTES is how large FILE may become in all. It reads anchor_fetch_connect_timeout,
-# anchor_fetch_stall, anchor_fetch_left (whole seconds until the deadline) and anchor_fetch_room (why MAX_BYTES is what
-# it is), and answers:
+# anchor_fetch_stall, anchor_fetch_left (whole seconds until the deadline), anchor_fetch_room (why MAX_BYTES is what
+# it is) and anchor_fetch_verified, and answers:
 #   0  FILE is whole
 #   1  permanent failure; anchor_fail has said why
 #   2  try again: sets anchor_fetch_error (one line) and may set anchor_fetch_hint (what to do about it) and
 #      anchor_fetch_retry_after (seconds that the server asked for)
 #   3  as 2, but what is in FILE cannot be resumed: start from zero
+# anchor_fetch_verified is 1 when the digest of the whole file is known. Then FILE may be continued at its present size,
+# whoever wrote it and without a validator of its version: the digest decides. It is empty otherwise. One FILE may be
+# asked for at several URLs in turn, so state that belongs to one URL (validator, size) has to be kept by URL.
 # A transport may have anchor_<transport>__total FILE, which sets anchor_fetch_total to the size that FILE will have,
 # or to nothing while that is not known. It is called in another process while the attempt runs.
+# A transport that reaches files where they are may have anchor_<transport>_place URL, which sets anchor_fetch_placed to
+# a local path of the whole file and copies nothing. Statuses 0, 1 and 2 as above.
 
 ANCHOR_FETCH_MAX_WAIT=120
 

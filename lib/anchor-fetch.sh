@@ -22,16 +22,18 @@
 
 ANCHOR_FETCH_MAX_WAIT=120
 
-# usage: anchor_fetch URL DEST [SHA256]
-# Downloads URL to DEST, which appears only when it is whole (and its digest is SHA256, where one is given).
+# usage: anchor_fetch "URL..." DEST [SHA256 [SIZE]]
+# Downloads the file to DEST, which appears only when it is whole (and its digest is SHA256, and its bytes are SIZE,
+# where they are given). Several URLs, separated by blanks, are mirrors of the same file, of whatever schemes. They are
+# asked in an order that is random on each node and in each round; one that fails for good is dropped; when none is left,
+# the download has failed. With SHA256 a change of mirror goes on with what is there, and without it starts from zero.
+# SIZE is compared with the memory before any connection.
 # Works in DEST.fetch, beside it: DEST's directory should be a file system that can hold the file.
-# Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}. Notes url, attempts, bytes and
-# sha256. Status 0 or 1.
+# Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}; attempts is the number of rounds.
+# Notes url (which served the end), attempts, bytes and sha256. Status 0 or 1.
 anchor_fetch() {
-    local url="$1" dest="$2" want="${3:-}" work="$2.fetch" file="$2.fetch/data" digester='' start deadline
-    anchor_fetch_plain "$url"
-    anchor_fetch__admit || return 1
-    anchor_note url "$anchor_fetch_url"
+    local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" work="$2.fetch" file="$2.fetch/data"
+    local digester='' start deadline status
     # Another run may have been cut off here, and an older image would take memory from the new one.
     if ! rm -rf "${work:?}" || ! rm -f "$dest" || ! mkdir -m 700 "$work"; then
         anchor_fail "cannot write beside $dest" "is its file system mounted and writable?"
@@ -43,10 +45,74 @@ anchor_fetch() {
     (
         LC_ALL=C
         export LC_ALL
-        trap 'anchor_fetch__unfollow; rm -rf "${work:?}"' EXIT
-        trap 'exit 143' HUP INT TERM
-        anchor_fetch__follow && anchor_fetch__try && anchor_fetch__accept
+        trap 'anchor_fetch__unfollow; rm -rf "${work:?}"; exit 143' HUP INT TERM
+        # What is said of one mirror is not yet the end of the download.
+        anchor_fail() {
+            anchor_keep "$work/error" "$1"
+            anchor_keep "$work/hint" "${2:-}"
+            return 1
+        }
+        anchor_fetch__all
+        status=$?
+        anchor_fetch__unfollow
+        exit "$status"
     )
+    status=$?
+    if [ "$status" -ne 0 ] && [ -d "$work" ]; then
+        anchor_recall "$work/hint"
+        set -- "$anchor_recall"
+        anchor_recall "$work/error"
+        anchor_fail "${anchor_recall:-the download to $dest was cut off}" "$1"
+    fi
+    rm -rf "${work:?}"
+    [ "$status" -eq 0 ]
+}
+
+# usage: anchor_fetch_place URL [SHA256]
+# Finds the file where it is, without a copy. Sets anchor_fetch_placed to its path. Reads and notes what anchor_fetch does;
+# the digest is taken, and noted, only where SHA256 is given: a file on a server need not come over to be mounted.
+# Status 0, 1, or 2 when no transport can reach this URL in place.
+anchor_fetch_place() {
+    local url="$1" want="${2:-}" expected='' round=1 sum start deadline
+    anchor_fetch_placed=
+    anchor_fetch_plain "$url"
+    anchor_stage_for_scheme "${url%%://*}" && command -v "anchor_${anchor_transport}_place" >/dev/null || return 2
+    anchor_fetch__admissible && anchor_fetch__expectable "$anchor_fetch_url" || return 1
+    anchor_note url "$anchor_fetch_url"
+    anchor_uptime_ms
+    start=$anchor_uptime_ms
+    deadline=$((start + anchor_fetch_timeout * 1000))
+    while :; do
+        anchor_fetch__prepare
+        anchor_note_number attempts "$round"
+        "anchor_${anchor_transport}_place" "$url"
+        case $? in
+            0) break ;;
+            2) ;;
+            *) return 1 ;;
+        esac
+        if [ "$round" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$round" "${anchor_fetch_retry_after:-0}" "$anchor_fetch_error"; then
+            anchor_fetch__took
+            anchor_fail "gave up on $anchor_fetch_url after attempt $round of $anchor_fetch_attempts and \
+$anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
+            return 1
+        fi
+        round=$((round + 1))
+    done
+    if [ ! -f "$anchor_fetch_placed" ] || [ ! -r "$anchor_fetch_placed" ]; then
+        anchor_fail "$anchor_fetch_url is not a file that can be read: $anchor_fetch_placed" "check the path in the URL"
+        return 1
+    fi
+    anchor_fetch_size "$anchor_fetch_placed"
+    anchor_note_number bytes "$anchor_fetch_size"
+    [ -n "$want" ] || return 0
+    sum=$(anchor_fetch__digest <"$anchor_fetch_placed")
+    sum=${sum%% *}
+    anchor_note sha256 "$sum"
+    [ "$sum" != "$want" ] || return 0
+    anchor_fetch_placed=
+    anchor_fail "$anchor_fetch_url is not what it should be: its SHA-256 digest is ${sum:-unknown}, expected $want" \
+        "someone changed the file, or the digest is of another version"
 }
 
 # usage: anchor_fetch_plain URL
@@ -74,9 +140,101 @@ anchor_fetch_size() {
     anchor_fetch_size=$(stat -c %s "$1" 2>/dev/null) || anchor_fetch_size=0
 }
 
+# usage: anchor_fetch_too_large BYTES
+# Says that the file does not fit and needs BYTES, which may be empty: the server did not say. For transports: reads
+# anchor_fetch_url, and what anchor_fetch set before the attempt. Returns 1.
+anchor_fetch_too_large() {
+    local needs='more' fit
+    if [ "$anchor_fetch_max" = "$expected" ]; then
+        anchor_fail "$anchor_fetch_url is another file: it has ${1:-more} bytes, and should have $expected" \
+            "publish the image again, or take this mirror out"
+        return 1
+    fi
+    if [ -n "$1" ]; then
+        anchor_fetch_amount "$1"
+        needs=$anchor_fetch_amount
+    fi
+    anchor_fetch_amount "$anchor_fetch_max"
+    fit=$anchor_fetch_amount
+    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $fit fit ($anchor_fetch_room)" \
+        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
+}
+
+# usage: anchor_fetch__all
+# Asks one mirror after the other, in rounds, until the file is whole. Keeps of each, by its number, in work: url, error
+# and hint (of its last failure), and until (the uptime in ms before which it does not want to be asked).
+# The helpers share these locals: mirrors, those that are left; queue, those still to be asked in this round; later,
+# those of the next one; first, the one to begin it with; n and url, the present one; pieces, how many attempts
+# file has its bytes from, sources, which mirrors, and owner, the last of them; grew and useless, whether in this round
+# file grew, and whether somebody could not go on from it; alone, 1 once the parts of several attempts were wrong.
+anchor_fetch__all() {
+    local count=0 mirrors='' queue later='' first='' n url round=1 attempts=0
+    local pieces=0 sources='' owner='' grew='' useless='' alone=''
+    anchor_fetch__expectable "$dest" && anchor_fetch__admit || return 1
+    queue=$mirrors
+    while :; do
+        if anchor_fetch__choose; then
+            anchor_fetch__budget || return 1
+            anchor_fetch__attempt
+            case $? in
+                0) return 0 ;;
+                1) return 1 ;;
+            esac
+            if [ -z "$mirrors" ]; then
+                anchor_fetch__sum_up
+                [ "$count" -eq 1 ] || anchor_fetch_told="none of the $count mirrors has the file: $anchor_fetch_told"
+                anchor_fail "$anchor_fetch_told" "$anchor_fetch_hint"
+                return 1
+            fi
+        fi
+        [ -n "$queue" ] || anchor_fetch__next_round || return 1
+    done
+}
+
+# usage: anchor_fetch__expectable WHAT
+# Whether want and expected are a digest and a size, or nothing; says of WHAT they are otherwise.
+anchor_fetch__expectable() {
+    case ${expected:-1} in
+        *[!0-9]* | 0* | ????????????????*)
+            anchor_fail "the size for $1 is not a size" "give its bytes, as a decimal number"
+            return 1
+            ;;
+    esac
+    case ${#want}:$want in
+        *:*[!0-9a-f]*) ;;
+        0: | 64:*) return 0 ;;
+    esac
+    anchor_fail "the digest for $1 is not SHA-256" "give 64 hexadecimal digits"
+}
+
 # usage: anchor_fetch__admit
-# Decides before any connection whether the URL may be fetched. Reads url, dest and want; sets anchor_transport.
+# Numbers the mirrors in urls, and drops those that may not be asked. Status 1 if none is left.
 anchor_fetch__admit() {
+    local rest="$urls" seen=' '
+    while :; do
+        rest=${rest#"${rest%%[! 	]*}"}
+        [ -n "$rest" ] || break
+        url=${rest%%[ 	]*}
+        rest=${rest#"$url"}
+        case $seen in
+            *" $url "*) continue ;;
+        esac
+        seen="$seen$url "
+        count=$((count + 1))
+        n=$count
+        mirrors="$mirrors $n"
+        (umask 077 && printf '%s\n' "$url" >"$work/$n.url") || return 1
+        anchor_fetch_plain "$url"
+        anchor_fetch__admissible || anchor_fetch__drop
+    done
+    [ -z "$mirrors" ] || return 0
+    anchor_fetch__sum_up
+    anchor_fail "${anchor_fetch_told:-there is no URL to fetch the file from}" "$anchor_fetch_hint"
+}
+
+# usage: anchor_fetch__admissible
+# Decides before any connection whether url may be fetched. Reads url, anchor_fetch_url and want; sets anchor_transport.
+anchor_fetch__admissible() {
     local LC_ALL=C
     case $url in
         *[!!-~]* | *[\"\\]*)
@@ -99,47 +257,227 @@ anchor_fetch__admit() {
             "add the image's SHA-256 digest (rd.anchor.<image>.sha256=) or use https://"
         return 1
     fi
-    case $want in
-        *[!0-9a-f]*) ;;
-        *) [ -z "$want" ] || [ ${#want} -eq 64 ] && return 0 ;;
-    esac
-    anchor_fail "the digest for $anchor_fetch_url is not SHA-256" "give 64 hexadecimal digits"
 }
 
-# usage: anchor_fetch__try
-# Makes attempts until one is whole. Reads url, file, start and deadline.
-anchor_fetch__try() {
-    local attempt=1 status
-    while :; do
-        anchor_fetch__budget || return 1
-        anchor_uptime_ms
-        anchor_fetch_left=$(((deadline - anchor_uptime_ms + 999) / 1000))
-        [ "$anchor_fetch_left" -gt 0 ] || anchor_fetch_left=1
-        anchor_fetch_error=
-        anchor_fetch_hint=
-        anchor_fetch_retry_after=
-        "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
-        status=$?
-        anchor_note_number attempts "$attempt"
-        case $status in
-            0) return 0 ;;
-            2) ;;
-            3) anchor_fetch__unfollow && anchor_fetch__follow || return 1 ;;
-            *) return 1 ;;
-        esac
-        if [ "$attempt" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$attempt"; then
-            anchor_uptime_ms
-            anchor_fail "gave up on $anchor_fetch_url after attempt $attempt of $anchor_fetch_attempts and \
-$(((anchor_uptime_ms - start + 500) / 1000)) s of $anchor_fetch_timeout s: $anchor_fetch_error" \
-                "${anchor_fetch_hint:-see to the server and the network between it and this node}"
+# usage: anchor_fetch__choose
+# Takes a mirror out of queue, at random among those that may be asked now. Sets n, url, anchor_fetch_url and
+# anchor_transport. Status 1 when none of them wants to be asked yet, and others were: they are left for the next round.
+anchor_fetch__choose() {
+    local each ready='' random
+    anchor_uptime_ms
+    for each in $queue; do
+        anchor_recall "$work/$each.until"
+        # A wait is cut to tenths of a second.
+        [ "${anchor_recall:-0}" -gt $((anchor_uptime_ms + 200)) ] || ready="$ready $each"
+    done
+    if [ -z "$ready" ]; then
+        if [ -n "$later" ]; then
+            later="$later $queue"
+            queue=
             return 1
         fi
-        attempt=$((attempt + 1))
+        ready=$queue
+    fi
+    # shellcheck disable=SC2086 # numbers
+    set -- $ready
+    case " $* " in
+        *" ${first:-none} "*) n=$first ;;
+        *)
+            if [ $# -gt 1 ]; then
+                random=$(od -An -N4 -tu4 /dev/urandom) || random=0
+                shift $((random % $#))
+            fi
+            n=$1
+            ;;
+    esac
+    first=
+    anchor_fetch__without "$n" "$queue"
+    queue=$anchor_fetch_rest
+    IFS= read -r url <"$work/$n.url"
+    anchor_fetch_plain "$url"
+    anchor_stage_for_scheme "${url%%://*}"
+}
+
+# usage: anchor_fetch__without NUMBER NUMBERS
+# Sets anchor_fetch_rest to NUMBERS without NUMBER.
+anchor_fetch__without() {
+    local each
+    anchor_fetch_rest=
+    for each in $2; do
+        [ "$each" = "$1" ] || anchor_fetch_rest="$anchor_fetch_rest $each"
     done
 }
 
+# usage: anchor_fetch__attempt
+# Lets the mirror n bring what is missing. Status: 0 the file is in place, 1 it will never be, 2 see queue and mirrors.
+anchor_fetch__attempt() {
+    local before status=0
+    anchor_keep "$work/transport" "$anchor_transport"
+    if [ -z "$digester" ]; then
+        anchor_fetch__follow || return 1
+    elif [ -z "$want" ] || [ -n "$alone" ]; then
+        [ "${owner:-$n}" = "$n" ] || anchor_fetch__from_zero || return 1
+    fi
+    anchor_fetch_size "$file"
+    before=$anchor_fetch_size
+    anchor_fetch__prepare
+    [ -n "$alone" ] || anchor_fetch_verified=${want:+1}
+    attempts=$((attempts + 1))
+    anchor_note_number attempts "$attempts"
+    anchor_note url "$anchor_fetch_url"
+    if [ -z "$expected" ] || [ "$before" != "$expected" ]; then
+        "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
+        status=$?
+    fi
+    anchor_fetch_size "$file"
+    if [ "$anchor_fetch_size" -gt "$before" ]; then
+        pieces=$((pieces + 1))
+        owner=$n
+        grew=1
+        case " $sources " in
+            *" $n "*) ;;
+            *) sources="$sources $n" ;;
+        esac
+    fi
+    case $status in
+        0)
+            anchor_fetch__accept
+            return
+            ;;
+        2 | 3) anchor_fetch__failed "$status" $((anchor_fetch_size - before)) || return 1 ;;
+        *)
+            anchor_fetch__drop
+            # Nothing is known of what it brought, and too much of it may be there.
+            [ "$anchor_fetch_size" -eq "$before" ] || anchor_fetch__from_zero || return 1
+            ;;
+    esac
+    return 2
+}
+
+# usage: anchor_fetch__prepare
+# Sets what a transport reads, and empties what it may set.
+anchor_fetch__prepare() {
+    anchor_uptime_ms
+    anchor_fetch_left=$(((deadline - anchor_uptime_ms + 999) / 1000))
+    [ "$anchor_fetch_left" -gt 0 ] || anchor_fetch_left=1
+    anchor_fetch_verified=
+    anchor_fetch_error=
+    anchor_fetch_hint=
+    anchor_fetch_retry_after=
+}
+
+# usage: anchor_fetch__failed STATUS BYTES
+# The mirror n failed for now, with the transport's STATUS, after BYTES. Status 1 if file cannot be written any more.
+anchor_fetch__failed() {
+    anchor_keep "$work/$n.error" "$anchor_fetch_error"
+    anchor_keep "$work/$n.hint" "$anchor_fetch_hint"
+    [ "${anchor_fetch_retry_after:-0}" -le "$ANCHOR_FETCH_MAX_WAIT" ] || anchor_fetch_retry_after=$ANCHOR_FETCH_MAX_WAIT
+    anchor_uptime_ms
+    anchor_keep "$work/$n.until" $((anchor_uptime_ms + ${anchor_fetch_retry_after:-0} * 1000))
+    if [ "$1" -eq 3 ]; then
+        if [ "$2" -eq 0 ] && [ -n "$anchor_fetch_verified" ]; then
+            # Another mirror may be able to go on from what is there.
+            useless=1
+        else
+            anchor_fetch__from_zero || return 1
+        fi
+    elif [ "$2" -gt 0 ] && [ -z "$anchor_fetch_verified" ]; then
+        # No other mirror may go on from what this one began.
+        first=$n
+        later="$later $queue"
+        queue=
+    fi
+    later="$later $n"
+    [ -n "$queue" ] || return 0
+    anchor_fetch__tell "$n"
+    anchor_warn "fetching ${anchor_fetch_url##*/}: $anchor_fetch_told; trying another mirror"
+}
+
+# usage: anchor_fetch__drop
+# Takes the mirror n out, for the reason that anchor_fail was given.
+anchor_fetch__drop() {
+    mv -f "$work/error" "$work/$n.error"
+    mv -f "$work/hint" "$work/$n.hint"
+    anchor_fetch__without "$n" "$mirrors"
+    mirrors=$anchor_fetch_rest
+    [ -n "$mirrors" ] && [ "$count" -gt 1 ] || return 0
+    anchor_fetch__tell "$n"
+    anchor_warn "not from this mirror: $anchor_fetch_told"
+}
+
+# usage: anchor_fetch__tell NUMBER
+# Sets anchor_fetch_told to why this mirror failed, with its URL where there are several.
+anchor_fetch__tell() {
+    local error
+    anchor_recall "$work/$1.error"
+    error=$anchor_recall
+    anchor_recall "$work/$1.url"
+    set -- "$anchor_fetch_url"
+    anchor_fetch_plain "$anchor_recall"
+    case $count:$error in
+        1:* | *"$anchor_fetch_url"*) anchor_fetch_told=$error ;;
+        *) anchor_fetch_told="$anchor_fetch_url: $error" ;;
+    esac
+    anchor_fetch_url=$1
+}
+
+# usage: anchor_fetch__sum_up
+# Sets anchor_fetch_told to why each mirror failed, and anchor_fetch_hint to what to do about the last one.
+anchor_fetch__sum_up() {
+    local each=1 all=''
+    anchor_fetch_hint=
+    while [ "$each" -le "$count" ]; do
+        if [ -e "$work/$each.error" ]; then
+            anchor_fetch__tell "$each"
+            all="$all${all:+; }$anchor_fetch_told"
+            anchor_recall "$work/$each.hint"
+            anchor_fetch_hint=${anchor_recall:-$anchor_fetch_hint}
+        fi
+        each=$((each + 1))
+    done
+    anchor_fetch_told=$all
+}
+
+# usage: anchor_fetch__next_round
+# Waits, and puts all mirrors that are left into the queue. Status 1, explained, when there is no next round.
+anchor_fetch__next_round() {
+    local each asked=''
+    if [ -n "$useless" ] && [ -z "$grew" ]; then
+        anchor_fetch__from_zero || return 1
+    fi
+    useless=
+    grew=
+    queue=$later
+    later=
+    anchor_uptime_ms
+    for each in $queue; do
+        anchor_recall "$work/$each.until"
+        anchor_recall=$(((${anchor_recall:-0} - anchor_uptime_ms + 999) / 1000))
+        [ "$anchor_recall" -gt "${asked:-$anchor_recall}" ] || asked=$anchor_recall
+    done
+    [ "${asked:-0}" -ge 0 ] || asked=0
+    anchor_fetch__tell "$n"
+    if [ "$round" -lt "$anchor_fetch_attempts" ] && anchor_fetch__pause "$round" "${asked:-0}" "$anchor_fetch_told"; then
+        round=$((round + 1))
+        return 0
+    fi
+    anchor_fetch__sum_up
+    anchor_fetch__took
+    [ "$count" -eq 1 ] || anchor_fetch_url="all $count mirrors"
+    anchor_fail "gave up on $anchor_fetch_url after attempt $round of $anchor_fetch_attempts and \
+$anchor_fetch_took: $anchor_fetch_told" "${anchor_fetch_hint:-see to the server and the network between it and this node}"
+}
+
+# usage: anchor_fetch__took
+# Sets anchor_fetch_took: how much of the time is gone.
+anchor_fetch__took() {
+    anchor_uptime_ms
+    anchor_fetch_took="$(((anchor_uptime_ms - start + 500) / 1000)) s of $anchor_fetch_timeout s"
+}
+
 # usage: anchor_fetch__budget
-# Sets anchor_fetch_max: how many bytes file may have in all, and anchor_fetch_room: the numbers behind it.
+# Sets anchor_fetch_max: how many bytes file may have in all, and anchor_fetch_room: the numbers behind it. Status 1 when
+# there is no room for the file.
 anchor_fetch__budget() {
     local key value rest free='' available=''
     if [ -r "${ANCHOR_ROOT:-}/proc/meminfo" ]; then
@@ -161,27 +499,58 @@ anchor_fetch__budget() {
     # What an earlier attempt left is part of the file, and no longer part of what is free.
     anchor_fetch_size "$file"
     anchor_fetch_max=$((anchor_fetch_max + anchor_fetch_size))
-    [ "$anchor_fetch_max" -gt 0 ] ||
+    if [ "$anchor_fetch_max" -le 0 ]; then
         anchor_fail "no room for $anchor_fetch_url: $anchor_fetch_room" \
             "give the node more memory, or lower rd.anchor.fetch.reserve"
+        return 1
+    fi
+    [ -n "$expected" ] || return 0
+    if [ "$expected" -gt "$anchor_fetch_max" ]; then
+        anchor_fetch_too_large "$expected"
+        return 1
+    fi
+    anchor_fetch_max=$expected
+    anchor_fetch_amount "$expected"
+    anchor_fetch_room="the file should have $anchor_fetch_amount"
 }
 
-# usage: anchor_fetch__pause ATTEMPT
-# Waits a random part of a window that doubles with each attempt, after as long as the server asked for, but never
-# more than half of the time left: another attempt has to fit in. Status 1 if there is no time left.
+# usage: anchor_fetch__pause ATTEMPT ASKED WHY
+# Waits as long as the server ASKED for (seconds) and then a random part of a window that doubles with each attempt and
+# is no smaller than ASKED, because all nodes may have been asked for the same; but never more than half of the time
+# left: another attempt has to fit in. Status 1 if there is no time left.
 anchor_fetch__pause() {
-    local window=60 asked="${anchor_fetch_retry_after:-0}" wait left random
+    local window=60 wait left random
     [ "$1" -gt 6 ] || window=$((1 << ($1 - 1)))
-    [ "$asked" -le "$ANCHOR_FETCH_MAX_WAIT" ] || asked=$ANCHOR_FETCH_MAX_WAIT
+    [ "$2" -le "$window" ] || window=$2
     random=$(od -An -N4 -tu4 /dev/urandom) || random=0
-    wait=$((asked * 1000 + random % (window * 1000 + 1)))
+    wait=$(($2 * 1000 + random % (window * 1000 + 1)))
     anchor_uptime_ms
     left=$((deadline - anchor_uptime_ms))
     [ "$left" -gt 100 ] || return 1
     [ "$wait" -le $((left / 2)) ] || wait=$((left / 2))
     wait=$((wait / 1000)).$((wait % 1000 / 100))
-    anchor_warn "fetching ${anchor_fetch_url##*/}: attempt $1 of $anchor_fetch_attempts: $anchor_fetch_error; next in $wait s"
+    anchor_warn "fetching ${anchor_fetch_url##*/}: attempt $1 of $anchor_fetch_attempts: $3; next in $wait s"
     sleep "$wait"
+}
+
+# usage: anchor_fetch__digest <FILE
+# Prints its SHA-256 digest, and more after a blank. openssl uses the processor's own instructions, sha256sum only where
+# the distribution links it with openssl's library: up to five times as fast.
+anchor_fetch__digest() {
+    if command -v openssl >/dev/null; then
+        openssl dgst -sha256 -r
+    else
+        sha256sum
+    fi
+}
+
+# usage: anchor_fetch__from_zero
+# Forgets the bytes that are there.
+anchor_fetch__from_zero() {
+    pieces=0
+    sources=
+    owner=
+    anchor_fetch__unfollow && anchor_fetch__follow
 }
 
 # usage: anchor_fetch__follow
@@ -193,7 +562,7 @@ anchor_fetch__follow() {
         return 1
     fi
     # shellcheck disable=SC2094 # one process appends to the file while this one reads it
-    anchor_fetch__feed <"$file" 3>"$work/feeder" | sha256sum >"$work/sha256" &
+    anchor_fetch__feed <"$file" 3>"$work/feeder" | anchor_fetch__digest >"$work/sha256" &
     digester=$!
 }
 
@@ -247,8 +616,10 @@ anchor_fetch__progress() {
     anchor_fetch_size "$file"
     [ "$anchor_fetch_size" -gt "$1" ] || return 0
     anchor_fetch_total=
-    if command -v "anchor_${anchor_transport}__total" >/dev/null; then
-        "anchor_${anchor_transport}__total" "$file"
+    # The transport may be another one by now than when this process began.
+    anchor_recall "$work/transport"
+    if command -v "anchor_${anchor_recall}__total" >/dev/null; then
+        "anchor_${anchor_recall}__total" "$file"
     fi
     anchor_fetch_amount "$anchor_fetch_size"
     line="fetching ${anchor_fetch_url##*/}: $anchor_fetch_amount"
@@ -261,7 +632,8 @@ anchor_fetch__progress() {
 }
 
 # usage: anchor_fetch__accept
-# Checks the digest of the whole file and moves it to dest. Reads want and start.
+# Checks the digest of the whole file and moves it to dest. Status 0, 1 when that cannot be, or 2 when it is not the right
+# file: then what it came from has been judged.
 anchor_fetch__accept() {
     local sum='' rest took
     anchor_fetch__unfollow
@@ -270,13 +642,15 @@ anchor_fetch__accept() {
         anchor_fail "could not take the digest of $anchor_fetch_url" "is sha256sum in the initramfs?"
         return 1
     fi
-    anchor_fetch_size "$file"
     anchor_note_number bytes "$anchor_fetch_size"
     anchor_note sha256 "$sum"
+    if [ -n "$expected" ] && [ "$anchor_fetch_size" != "$expected" ]; then
+        anchor_fetch__reject "it has $anchor_fetch_size bytes, expected $expected"
+        return
+    fi
     if [ -n "$want" ] && [ "$sum" != "$want" ]; then
-        anchor_fail "$anchor_fetch_url is not what it should be: its SHA-256 digest is $sum, expected $want" \
-            "someone changed the file or the digest on the command line is of another version; the file was removed"
-        return 1
+        anchor_fetch__reject "its SHA-256 digest is $sum, expected $want"
+        return
     fi
     if ! mv -f "$file" "$dest"; then
         anchor_fail "cannot move the download to $dest"
@@ -288,4 +662,27 @@ anchor_fetch__accept() {
     rest="fetched ${anchor_fetch_url##*/}: $anchor_fetch_amount in $((took / 1000)).$((took % 1000 / 100)) s"
     anchor_fetch_amount $((anchor_fetch_size * 1000 / took))
     anchor_info "$rest ($anchor_fetch_amount/s), sha256 $sum"
+}
+
+# usage: anchor_fetch__reject WHY
+# Forgets a file that is not the right one. Where it is known who sent it, that mirror is dropped; what came in several
+# parts is fetched once more, all of it from one mirror. Status 2, or 1 if file cannot be written any more.
+anchor_fetch__reject() {
+    local each names=''
+    if [ -n "$want" ] && [ "$pieces" -gt 1 ] && [ -z "$alone" ]; then
+        alone=1
+        for each in $sources; do
+            IFS= read -r url <"$work/$each.url"
+            anchor_fetch_plain "$url"
+            names="$names${names:+ and }$anchor_fetch_url"
+        done
+        anchor_warn "the $pieces parts that came from $names are not the file: $1; starting again, from one mirror alone"
+        queue="$queue $n"
+    else
+        anchor_fail "$anchor_fetch_url is not what it should be: $1" \
+            "someone changed the file or the digest on the command line is of another version; the file was removed"
+        anchor_fetch__drop
+    fi
+    anchor_fetch__from_zero || return 1
+    return 2
 }

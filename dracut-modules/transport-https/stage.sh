@@ -9,7 +9,7 @@ ANCHOR_HTTPS_CIPHERS=TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256:TLS_AES
 
 # usage: anchor_https_run URL FILE MAX_BYTES
 # Status: 0 whole, 1 permanent failure, 2 try again, 3 start from zero (see anchor-fetch.sh). Keeps in FILE.https what
-# a later attempt needs to go on: the file's size, and its ETag or date as the validator of its version.
+# a later attempt at this URL needs to go on: the file's size, and its ETag or date as the validator of its version.
 # The helpers below share these locals.
 anchor_https_run() {
     local url="$1" file="$2" max="$3" state="$2.https" credentials="${ANCHOR_ROOT:-}/run/anchor/credentials"
@@ -26,10 +26,10 @@ anchor_https_run() {
         anchor_https__recall
         [ "$size" != "$offset" ] || return 0
         anchor_fetch_error="what is here cannot be resumed"
-        [ -n "$validator" ] || return 3
+        [ -n "$validator$anchor_fetch_verified" ] || return 3
     fi
     if [ "$offset" -ge "$max" ]; then
-        anchor_https__too_large ''
+        anchor_fetch_too_large ''
         return 1
     fi
     anchor_https__curl
@@ -59,21 +59,27 @@ anchor_https__ready() {
 }
 
 # usage: anchor_https__recall
-# Sets size and validator to what anchor_https__remember kept.
+# Sets size and validator to what anchor_https__remember kept, if it was of this URL: each mirror names versions its own
+# way.
 anchor_https__recall() {
+    local of=''
     [ -r "$state/version" ] || return 0
     {
+        IFS= read -r of
         IFS= read -r size
         IFS= read -r validator
     } <"$state/version"
+    [ "$of" != "$url" ] || return 0
+    size=
+    validator=
 }
 
 # usage: anchor_https__remember
-# Keeps which version of the file the answer began, for later attempts.
+# Keeps which version of the file the answer was, for later attempts. The state directory is private: a URL may be secret.
 anchor_https__remember() {
     size=$anchor_https_total
     validator=$anchor_https_validator
-    printf '%s\n%s\n' "$size" "$validator" >"$state/version"
+    printf '%s\n%s\n%s\n' "$url" "$size" "$validator" >"$state/version"
 }
 
 # usage: anchor_https__request
@@ -115,20 +121,21 @@ anchor_https__curl() {
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
         trap '' XFSZ
-        ulimit -f $((max / 512)) 2>/dev/null
+        ulimit -f $(((max + 511) / 512)) 2>/dev/null
         exec curl --disable "$@" 2>"$state/error"
     )
 }
 
 # usage: anchor_https__answer FILE
 # Reads the headers of the last answer in FILE. Sets anchor_https_total (the whole file's size), anchor_https_validator
-# (for If-Range), anchor_https_retry (seconds) and anchor_https_framed (1 if the answer says where it ends). What is
-# absent, or not what it should be, is empty.
+# (for If-Range), anchor_https_retry (seconds), anchor_https_framed (1 if the answer says where it ends) and
+# anchor_https_encoding. What is absent, or not what it should be, is empty.
 anchor_https__answer() {
     local line value cr etag='' date='' retry=''
     cr=$(printf '\r')
     anchor_https_total=
     anchor_https_framed=
+    anchor_https_encoding=
     if [ -r "$1" ]; then
         while IFS= read -r line; do
             line=${line%"$cr"}
@@ -136,13 +143,14 @@ anchor_https__answer() {
             value=${value#"${value%%[! ]*}"}
             case $line in
                 # Answers of proxies and redirects come first.
-                HTTP/*) anchor_https_total='' anchor_https_framed='' etag='' date='' retry='' ;;
+                HTTP/*) anchor_https_total='' anchor_https_framed='' anchor_https_encoding='' etag='' date='' retry='' ;;
                 [Cc]ontent-[Ll]ength:*)
                     anchor_https_framed=1
                     anchor_https_total=${anchor_https_total:-$value}
                     ;;
                 [Cc]ontent-[Rr]ange:*/*) anchor_https_total=${value##*/} ;;
                 [Tt]ransfer-[Ee]ncoding:*) anchor_https_framed=1 ;;
+                [Cc]ontent-[Ee]ncoding:*) [ "$value" = identity ] || anchor_https_encoding=$value ;;
                 [Ee][Tt]ag:*) etag=$value ;;
                 [Ll]ast-[Mm]odified:*) date=$value ;;
                 [Rr]etry-[Aa]fter:*) retry=$value ;;
@@ -222,7 +230,11 @@ anchor_https__received() {
     elif ! anchor_https__same_version; then
         anchor_https__again "the file changed on the server, or the server cannot resume"
         return
+    elif [ -z "$validator" ]; then
+        anchor_https__remember
     fi
+    [ -z "$anchor_https_encoding" ] ||
+        anchor_warn "$anchor_fetch_url comes in an encoding ($anchor_https_encoding): the server should send the file as it is"
     if [ "$status" -eq 0 ] && [ -z "$size" ]; then
         [ -n "$anchor_https_framed" ] ||
             anchor_warn "the server did not say how long $anchor_fetch_url is: only a digest can tell that it is whole"
@@ -232,9 +244,15 @@ anchor_https__received() {
 }
 
 # usage: anchor_https__same_version
-# Whether the answer goes on with the version of the file that the first one began.
+# Whether the answer goes on with the version of the file that the first one began; where another mirror began it, the
+# digest will tell.
 anchor_https__same_version() {
-    [ "$code" = 206 ] && [ "$offset" -gt 0 ] && [ "$anchor_https_validator" = "$validator" ] || return 1
+    [ "$code" = 206 ] && [ "$offset" -gt 0 ] || return 1
+    if [ -n "$validator" ]; then
+        [ "$anchor_https_validator" = "$validator" ] || return 1
+    elif [ -z "$anchor_fetch_verified" ]; then
+        return 1
+    fi
     size=${size:-$anchor_https_total}
     [ "${anchor_https_total:-$size}" = "$size" ]
 }
@@ -247,25 +265,12 @@ anchor_https__again() {
     anchor_fetch_retry_after=$anchor_https_retry
     [ "$anchor_fetch_size" -gt 0 ] || return 2
     case $code in
-        200) [ "$offset" -eq 0 ] && [ -n "$validator" ] || return 3 ;;
+        200) [ "$offset" -eq 0 ] && [ -n "$validator$anchor_fetch_verified" ] || return 3 ;;
         206) anchor_https__same_version || return 3 ;;
         416) return 3 ;;
         *) [ "$anchor_fetch_size" -eq "$offset" ] || return 3 ;;
     esac
     return 2
-}
-
-# usage: anchor_https__too_large BYTES
-# BYTES may be empty: the server did not say.
-anchor_https__too_large() {
-    local needs='more'
-    if [ -n "$1" ]; then
-        anchor_fetch_amount "$1"
-        needs=$anchor_fetch_amount
-    fi
-    anchor_fetch_amount "$max"
-    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $anchor_fetch_amount fit ($anchor_fetch_room)" \
-        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
 }
 
 # usage: anchor_https__refused
@@ -295,8 +300,8 @@ anchor_https__broken() {
     case $status:$text in
         0:*) anchor_https__again "$host sent less of the file than it announced" ;;
         23:* | 63:*)
-            if [ "$status" = 63 ] || [ "$anchor_fetch_size" -ge $((max / 512 * 512)) ]; then
-                anchor_https__too_large "${size:-$anchor_https_total}"
+            if [ "$status" = 63 ] || [ "$anchor_fetch_size" -ge "$max" ]; then
+                anchor_fetch_too_large "${size:-$anchor_https_total}"
             else
                 anchor_fail "cannot write the download: $text" "is ${file%/*} full? $anchor_fetch_room"
             fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -65,6 +66,7 @@ class Node:
         *,
         url: str = URL,
         sha256: str = "",
+        size: int | str = "",
         image: Path | None = None,
         setup: str = "",
         env: Mapping[str, str] | None = None,
@@ -72,7 +74,8 @@ class Node:
     ) -> subprocess.CompletedProcess[str]:
         """Download, and make sure that nothing is left running or lying about."""
         environment = {**self.environment(parameters), **(env or {})}
-        done = self.shell.run(self.script(transport, setup), url, str(image or self.image), sha256, env=environment)
+        arguments = (url, str(image or self.image), sha256, str(size))
+        done = self.shell.run(self.script(transport, setup), *arguments, env=environment)
         assert processes_of(self.shell.root) == []
         assert not list(self.image.parent.glob("*.fetch"))
         return done
@@ -280,6 +283,284 @@ def test_without_room_nothing_is_asked_for(node: Node) -> None:
     assert "50.0 MiB of memory available, of which 64.0 MiB stay free" in done.stderr
 
 
+# Three mirrors; their transport is asked for $1.
+A, B, C = (f"https://{name}.example/node.squashfs" for name in "abc")
+
+
+def test_a_mirror_that_fails_for_good_is_dropped(node: Node) -> None:
+    transport = """
+        case $1 in
+            *//a*) anchor_fail "a is gone" "publish it"; return 1 ;;
+            *) printf hello >>"$2" ;;
+        esac
+    """
+    done = node.fetch(transport, url=f" {A}\t{B}  {C} ", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert f"warning: not from this mirror: {A}: a is gone" in done.stderr
+    assert "error: " not in done.stderr
+    assert node.notes() == {
+        "note-url": B,
+        "note-sha256": digest(b"hello"),
+        "number-bytes": "5",
+        "number-attempts": "2",
+    }
+
+
+def test_when_all_are_dropped_each_is_named_with_its_reason(node: Node) -> None:
+    transport = 'anchor_fetch_plain "$1"; anchor_fail "no file at $anchor_fetch_url" "look there"; return 1'
+    done = node.fetch(transport, url=f"gopher://x/y {A}?key=s3cret {B} {A}?key=s3cret", sha256=digest(b"hello"))
+    assert done.returncode == 1
+    (error,) = (line for line in done.stderr.splitlines() if "error: " in line)
+    assert error == (
+        "anchor: error: none of the 3 mirrors has the file: gopher://x/y: nothing in this initramfs can fetch gopher:// "
+        f"URLs; no file at {A}; no file at {B}"
+    )
+    assert len(node.calls()) == 2
+    assert not node.image.exists()
+
+
+def test_with_a_digest_a_change_of_mirror_goes_on_with_what_is_there(node: Node) -> None:
+    transport = """
+        printf '%s' "${anchor_fetch_verified:-0}" >>"$ANCHOR_ROOT/verified"
+        case $1 in
+            *//a*) printf hel >>"$2"; anchor_fetch_error="a broke off"; return 2 ;;
+            *) printf lo >>"$2" ;;
+        esac
+    """
+    done = node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert f"{A}: a broke off; trying another mirror" in done.stderr
+    assert (node.shell.root / "verified").read_text() == "11"
+    assert node.notes()["note-url"] == B
+
+
+def test_without_a_digest_a_mirror_goes_on_alone_while_it_brings_something(node: Node) -> None:
+    # a brings two parts and then nothing more; b begins from zero.
+    transport = """
+        printf '%s' "${anchor_fetch_verified:-0}" >>"$ANCHOR_ROOT/verified"
+        anchor_fetch_error=broken
+        case $1 in
+            *//a*) [ "$calls" -gt 2 ] || printf hel >>"$2"; return 2 ;;
+            *) printf hello >>"$2" ;;
+        esac
+    """
+    done = node.fetch(transport, url=f"{A} {B}")
+    assert done.returncode == 0, done.stderr
+    assert node.image.read_bytes() == b"hello"
+    assert node.notes()["note-sha256"] == digest(b"hello")
+    assert (node.shell.root / "verified").read_text() == "0000"
+
+
+def test_a_mirror_that_cannot_resume_leaves_it_to_others(node: Node) -> None:
+    # b answers "start from zero"; a, asked again, goes on.
+    transport = """
+        anchor_fetch_error=broken
+        case $calls$1 in
+            1*//a*) printf hel >>"$2"; return 2 ;;
+            ?*//b*) return 3 ;;
+            *) printf lo >>"$2" ;;
+        esac
+    """
+    done = node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "next in" in line] != []
+
+
+def test_when_nobody_can_resume_it_starts_from_zero(node: Node) -> None:
+    transport = """
+        anchor_fetch_error=broken
+        [ "$calls" -ne 1 ] || { printf hel >>"$2"; return 2; }
+        [ ! -s "$2" ] || return 3
+        printf hello >>"$2"
+    """
+    done = node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_that_do_not_fit_together_are_fetched_once_more_from_one_mirror(node: Node) -> None:
+    # b is hostile: what it adds is wrong. Who sent which part cannot be told, so a brings all of it.
+    transport = """
+        printf '%s%s ' "${1%%.*}" "${anchor_fetch_verified:-0}" >>"$ANCHOR_ROOT/asked"
+        anchor_fetch_error=broken
+        case $calls$1 in
+            1*//a*) printf hel >>"$2"; return 2 ;;
+            *//b*) printf XX >>"$2" ;;
+            *) printf hello >>"$2" ;;
+        esac
+    """
+    done = node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert f"the 2 parts that came from {A} and {B} are not the file: its SHA-256 digest is" in done.stderr
+    # Whichever is asked alone: b is dropped for what it sends, and a has the file.
+    assert node.image.read_bytes() == b"hello"
+    assert "https://a0 " in (node.shell.root / "asked").read_text()
+
+
+def test_wrong_parts_of_one_mirror_end_after_one_more_time(node: Node) -> None:
+    transport = """
+        anchor_fetch_error=broken
+        [ $((calls % 2)) -eq 0 ] || { printf hel >>"$2"; return 2; }
+        printf XX >>"$2"
+    """
+    done = node.fetch(transport, sha256=digest(b"hello"), attempts=8)
+    assert done.returncode == 1
+    assert len(node.calls()) == 4
+    assert f"error: {URL} is not what it should be: its SHA-256 digest is {digest(b'helXX')}" in done.stderr
+    assert not node.image.exists()
+
+
+def test_a_mirror_with_another_file_is_dropped_and_named(node: Node) -> None:
+    done = node.fetch('printf "${1%%.*}" >>"$2"', url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 1
+    assert len(node.calls()) == 2
+    for url, sent in ((A, b"https://a"), (B, b"https://b")):
+        assert f"{url} is not what it should be: its SHA-256 digest is {digest(sent)}" in done.stderr
+    assert "none of the 2 mirrors has the file" in done.stderr
+
+
+def test_giving_up_names_what_each_mirror_said_last(node: Node) -> None:
+    transport = 'anchor_fetch_error="${1%%.*} is silent"; return 2'
+    done = node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"), attempts=3)
+    assert done.returncode == 1
+    assert len(node.calls()) == 6
+    message = f"gave up on all 2 mirrors after attempt 3 of 3 and 0 s of 30 s: {A}: https://a is silent; {B}: https://b"
+    assert message in done.stderr
+
+
+def test_a_mirror_that_asked_for_time_is_left_alone_for_it(dash: Node) -> None:
+    transport = """
+        printf '%s ' "${1%%.*}" >>"$ANCHOR_ROOT/asked"
+        anchor_fetch_error=busy
+        case $1 in
+            *//a*) anchor_fetch_retry_after=20; return 2 ;;
+            *) [ "$calls" -gt 3 ] || return 2; printf hello >>"$2" ;;
+        esac
+    """
+    done = dash.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert (dash.shell.root / "asked").read_text() == "https://a https://b https://b https://b "
+
+
+def test_all_nodes_that_were_asked_for_the_same_time_come_back_spread_over_as_much(dash: Node) -> None:
+    transport = '[ "$calls" = 2 ] || { anchor_fetch_error=busy anchor_fetch_retry_after=30; return 2; }'
+    setup = "sleep() { command sleep 0.01; }"
+    done = dash.fetch(transport, setup=setup, timeout=3600, env={"RANDOM_NUMBER": "29000"})
+    assert "next in 59.0 s" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["dash", "busybox"])
+def test_the_order_of_mirrors_is_random(name: str, tmp_path: Path) -> None:
+    node = prepared(Shell(name, tmp_path))
+    setup = "od() { command od \"$@\"; }"
+    transport = 'printf "%s" "${1%%.*}" >>"$ANCHOR_ROOT/asked"; anchor_fail no; return 1'
+    orders = set()
+    for _ in range(12):
+        node.fetch(transport, url=f"{A} {B} {C}", setup=setup)
+        orders.add((tmp_path / "asked").read_text())
+        (tmp_path / "asked").unlink()
+    # All twelve alike: once in 6 to the power of 11 runs.
+    assert len(orders) > 1
+    assert {len(order) for order in orders} == {27}
+
+
+def test_a_known_size_is_compared_with_memory_before_anything_is_asked_for(node: Node) -> None:
+    memory(node.shell.root, 100 * 1024)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20, size=50 << 20, url=f"{A} {B}")
+    assert done.returncode == 1
+    assert node.calls() == []
+    assert (
+        "too large: it needs 50.0 MiB, and 36.0 MiB fit (100.0 MiB of memory available, of which 64.0 MiB stay free)"
+        in done.stderr
+    )
+
+
+def test_a_known_size_is_the_limit(node: Node) -> None:
+    transport = 'printf hello >>"$2"; [ "$calls" = 2 ] || { anchor_fetch_error=again; return 2; }'
+    done = node.fetch(transport, size=10, sha256=digest(b"hellohello"))
+    assert done.returncode == 0, done.stderr
+    assert [limit for _, limit in node.calls()] == [10, 10]
+
+
+def test_a_file_that_has_its_size_is_not_asked_for_again(node: Node) -> None:
+    # Only the sign of the end was missing.
+    done = node.fetch('printf hello >>"$2"; anchor_fetch_error="no end"; return 2', size=5, sha256=digest(b"hello"))
+    assert done.returncode == 0, done.stderr
+    assert len(node.calls()) == 1
+
+
+@pytest.mark.parametrize("sent", ["hell", "hello!"])
+def test_another_size_is_refused(node: Node, sent: str) -> None:
+    done = node.fetch(f'printf {sent} >>"$2"', size=5)
+    assert done.returncode == 1
+    assert f"is not what it should be: it has {len(sent)} bytes, expected 5" in done.stderr
+    assert not node.image.exists()
+
+
+def test_a_file_that_outgrows_its_size_is_no_question_of_memory(node: Node) -> None:
+    done = node.fetch('printf hellohello >>"$2"; anchor_fetch_too_large 10', size=5, url=f"{A} {B}")
+    assert done.returncode == 1
+    assert f"{A} is another file: it has 10 bytes, and should have 5" in done.stderr
+    assert "give the node more memory" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "1k", "010", "$(id)", "9" * 16])
+def test_a_malformed_size_is_refused(node: Node, size: str) -> None:
+    done = node.fetch('printf x >>"$2"', size=size)
+    assert done.returncode == 1
+    assert "is not a size" in done.stderr
+    assert node.calls() == []
+
+
+def place(node: Node, body: str, *arguments: str, **parameters: int) -> subprocess.CompletedProcess[str]:
+    """Find a file in place, with this body of anchor_fake_place; the path goes to standard output."""
+    function = f'anchor_fake_place() {{\ncount "$@" 0 0\n{body}\n}}' if body else ""
+    script = f'{PROLOGUE}\n{function}\nanchor_fetch_place "$@" && printf "%s\\n" "$anchor_fetch_placed"'
+    return node.shell.run(script, *arguments, env=node.environment(parameters))
+
+
+def test_a_file_in_place_is_not_copied(node: Node) -> None:
+    there = node.shell.root / "there"
+    there.write_bytes(b"hello")
+    done = place(node, f"anchor_fetch_placed={there}", URL, digest(b"hello"))
+    assert (done.returncode, done.stdout) == (0, f"{there}\n"), done.stderr
+    assert node.notes() == {
+        "note-url": URL,
+        "note-sha256": digest(b"hello"),
+        "number-bytes": "5",
+        "number-attempts": "1",
+    }
+
+
+def test_a_file_in_place_has_to_be_the_right_one(node: Node) -> None:
+    there = node.shell.root / "there"
+    there.write_bytes(b"hellO")
+    done = place(node, f"anchor_fetch_placed={there}", URL, digest(b"hello"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"its SHA-256 digest is {digest(b'hellO')}, expected {digest(b'hello')}" in done.stderr
+
+
+def test_what_is_placed_must_be_a_readable_file(node: Node) -> None:
+    done = place(node, "anchor_fetch_placed=$ANCHOR_ROOT/nothing", URL)
+    assert done.returncode == 1
+    assert "is not a file that can be read" in done.stderr
+
+
+def test_a_place_is_tried_for_again_and_given_up(node: Node) -> None:
+    there = node.shell.root / "there"
+    there.write_bytes(b"hello")
+    again = '[ "$calls" = 2 ] || { anchor_fetch_error="no answer"; return 2; }'
+    assert place(node, f"{again}\nanchor_fetch_placed={there}", URL).returncode == 0
+    done = place(node, 'anchor_fetch_error="no answer"; return 2', URL, attempts=3)
+    assert done.returncode == 1
+    assert f"gave up on {URL} after attempt 3 of 3 and 0 s of 30 s: no answer" in done.stderr
+
+
+@pytest.mark.parametrize("url", [URL, "gopher://x/y"])
+def test_a_transport_that_only_downloads_says_so(node: Node, url: str) -> None:
+    done = place(node, "", url)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
 def test_names_stay_names(node: Node) -> None:
     image = node.image.with_name("-a b'\"$(touch pwned)*;.img")
     done = node.fetch('printf hello >>"$2"', image=image, url="https://s/$(touch${IFS}pwned)`x`;&*[a]{b,c}'")
@@ -289,8 +570,18 @@ def test_names_stay_names(node: Node) -> None:
     assert not Path("pwned").exists()
 
 
+def test_a_digest_is_the_same_without_openssl(node: Node) -> None:
+    without = node.shell.root / "bin"
+    without.mkdir()
+    for name in ("cat", "chmod", "head", "mkdir", "mv", "rm", "sha256sum", "sleep", "stat"):
+        (without / name).symlink_to(shutil.which(name) or "")
+    setup = f"PATH={without}\n! command -v openssl >/dev/null || exit 9\n"
+    done = node.fetch('printf hello >>"$2"', sha256=digest(b"hello"), setup=setup)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_sha256sum_nothing_is_accepted(node: Node) -> None:
-    done = node.fetch('printf hello >>"$2"', setup="sha256sum() { return 127; }")
+    done = node.fetch('printf hello >>"$2"', setup="openssl() { return 127; }\nsha256sum() { return 127; }")
     assert done.returncode == 1
     assert "could not take the digest" in done.stderr
     assert not node.image.exists()

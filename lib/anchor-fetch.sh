@@ -582,19 +582,28 @@ anchor_fetch__unfollow() {
 
 # usage: anchor_fetch__feed <FILE >PIPE 3>PID-FILE
 # Copies the file as it grows: each cat goes on where the one before it stopped. SIGTERM cuts a wait short, so that
-# the end is seen at once.
+# the end is seen at once. A cat that took its time had much to copy: then the next look comes soon, so that little is
+# left to do at the end; else looking would cost a small node more than it gains.
 anchor_fetch__feed() {
-    local pid rest said=0 had=0 at
+    local pid rest said=0 had=0 at nap=05
     trap : TERM
     read -r pid rest </proc/self/stat
     printf '%s\n' "$pid" >&3
     at=$start
     said=$start
     until [ -e "$work/end" ]; do
+        anchor_uptime_ms
+        rest=$anchor_uptime_ms
         cat || return 1
         # The shell that began the download may have been killed.
         kill -0 "$$" 2>/dev/null || return 1
         anchor_uptime_ms
+        case $((anchor_uptime_ms - rest > 40)):$nap in
+            1:*) nap=05 ;;
+            0:05) nap=10 ;;
+            0:10) nap=20 ;;
+            *) nap=40 ;;
+        esac
         if [ $((anchor_uptime_ms - said)) -ge 2000 ]; then
             said=$anchor_uptime_ms
             anchor_fetch__progress "$had" "$at" >&2
@@ -602,7 +611,7 @@ anchor_fetch__feed() {
             at=$said
         fi
         [ -e "$work/end" ] || {
-            sleep 0.5 &
+            sleep "0.$nap" &
             wait "$!" || kill "$!" 2>/dev/null
         }
     done

@@ -312,8 +312,8 @@ def test_when_all_are_dropped_each_is_named_with_its_reason(node: Node) -> None:
     assert done.returncode == 1
     (error,) = (line for line in done.stderr.splitlines() if "error: " in line)
     assert error == (
-        "anchor: error: none of the 3 mirrors has the file: gopher://x/y: nothing in this initramfs can fetch gopher:// "
-        f"URLs; no file at {A}; no file at {B}"
+        "anchor: error: none of the 3 mirrors has the file: gopher://x/y: nothing in this initramfs can fetch "
+        f"gopher:// URLs; no file at {A}; no file at {B}"
     )
     assert len(node.calls()) == 2
     assert not node.image.exists()
@@ -451,7 +451,7 @@ def test_all_nodes_that_were_asked_for_the_same_time_come_back_spread_over_as_mu
 @pytest.mark.parametrize("name", ["dash", "busybox"])
 def test_the_order_of_mirrors_is_random(name: str, tmp_path: Path) -> None:
     node = prepared(Shell(name, tmp_path))
-    setup = "od() { command od \"$@\"; }"
+    setup = 'od() { command od "$@"; }'
     transport = 'printf "%s" "${1%%.*}" >>"$ANCHOR_ROOT/asked"; anchor_fail no; return 1'
     orders = set()
     for _ in range(12):

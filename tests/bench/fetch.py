@@ -106,7 +106,15 @@ def main(arguments: list[str]) -> None:
             ("plain HTTP", f"http://127.0.0.1:{store.http_port}/{image.name}"),
         ):
             curl = ["curl", "-sS", "--http1.1", "--cacert", str(authority.certificate), "--cert", str(node.certificate)]
-            curl += ["--key", str(node.key), "--tls13-ciphers", "TLS_AES_128_GCM_SHA256", "-o", str(root / "alone"), url]
+            curl += [
+                "--key",
+                str(node.key),
+                "--tls13-ciphers",
+                "TLS_AES_128_GCM_SHA256",
+                "-o",
+                str(root / "alone"),
+                url,
+            ]
             env = {
                 "PATH": os.environ["PATH"],
                 "LIB": str(TOP / "lib"),
@@ -132,8 +140,10 @@ def main(arguments: list[str]) -> None:
             rows.append(
                 [
                     name,
-                    *(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-                    for values in (alone, whole, ratios)),
+                    *(
+                        f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+                        for values in (alone, whole, ratios)
+                    ),
                     f"{(size + peak) / size:.3f}",
                 ]
             )

@@ -5,9 +5,13 @@ Each request is answered by the next fault of the list; the last fault answers a
 
 from __future__ import annotations
 
+import gzip
 import re
+import socket
 import ssl
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -60,21 +64,24 @@ class Hostile:
     """A running fake: its port, and for each request its path and headers."""
 
     port: int
+    host: str = "127.0.0.1"
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     def url(self, path: str = "/image.squashfs", scheme: str = "http") -> str:
         """Return the URL of a path on this server."""
-        return f"{scheme}://127.0.0.1:{self.port}{path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}{path}"
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, faults: tuple[Fault, ...], tls: Leaf | None) -> None:
-        super().__init__(("127.0.0.1", 0), Exchange)
+    def __init__(self, faults: tuple[Fault, ...], tls: Leaf | None, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Exchange)
         self.faults = faults
         self.stopped = threading.Event()
-        self.hostile = Hostile(self.server_port)
+        self.hostile = Hostile(self.server_port, host)
         if tls is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(tls.certificate, tls.key)
@@ -91,9 +98,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def hostile(*faults: Fault, tls: Leaf | None = None) -> Iterator[Hostile]:
-    """Run the fake on a free port of 127.0.0.1, with `tls` over HTTPS, until the body is left."""
-    server = _Server(faults, tls)
+def hostile(*faults: Fault, tls: Leaf | None = None, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hostile]:
+    """Run the fake on `host` and a free port, or on `port`, with `tls` over HTTPS, until the body is left."""
+    server = _Server(faults, tls, host, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -106,11 +113,18 @@ def hostile(*faults: Fault, tls: Leaf | None = None) -> Iterator[Hostile]:
 
 
 def whole(
-    data: bytes, *, etag: str | None = '"v1"', sent: int | None = None, stall: bool = False, check: bool = True
+    data: bytes,
+    *,
+    etag: str | None = '"v1"',
+    sent: int | None = None,
+    stall: bool = False,
+    reset: bool = False,
+    check: bool = True,
 ) -> Fault:
     """Serve `data` as a good server does, ranges and If-Range included.
 
-    With `sent` only that many bytes go out before the connection ends, or with `stall` falls silent.
+    With `sent` only that many bytes go out before the connection ends, with `reset` by a TCP reset, or with `stall`
+    falls silent.
     Without `check` a range is served whatever If-Range asks for. Without `etag` there is a date alone.
     """
 
@@ -130,8 +144,36 @@ def whole(
         if stall:
             exchange.wfile.flush()
             exchange.server.stopped.wait(30)
+        if reset:
+            time.sleep(0.1)  # a reset would throw away what is still in the buffers
+            # Closing with a linger time of 0 sends RST instead of FIN (socket(7), SO_LINGER).
+            exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            exchange.connection.close()
 
     return answer
+
+
+def dripping(data: bytes, *, seconds: float = 1.0) -> Fault:
+    """Serve `data` one byte at a time, with `seconds` between two."""
+
+    def answer(exchange: Exchange) -> None:
+        start = exchange.offset
+        part = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        exchange.head(206 if start else 200, {"ETag": '"v1"', "Content-Length": len(data) - start, **part})
+        for byte in data[start:]:
+            try:
+                exchange.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            if exchange.server.stopped.wait(seconds):
+                return
+
+    return answer
+
+
+def gzipped(data: bytes) -> Fault:
+    """Serve `data` compressed on the way, though nobody asked for that."""
+    return status(200, {"Content-Encoding": "gzip", "ETag": '"v1"'}, gzip.compress(data, 1))
 
 
 def ignoring_ranges(data: bytes, *, sent: int | None = None) -> Fault:

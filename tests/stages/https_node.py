@@ -39,7 +39,7 @@ anchor_stage_for_scheme() {
 }
 od() {
     case $* in
-        *urandom) printf '0\n' ;;
+        *urandom) printf '%s\n' "${RANDOM_NUMBER:-0}" ;;
         *) command od "$@" ;;
     esac
 }
@@ -113,6 +113,7 @@ class Node:
         sha256: str = "",
         *,
         env: Mapping[str, str] | None = None,
+        size: int | str = "",
         proxy: str = "",
         setup: str = "",
         unshare: tuple[str, ...] = (),
@@ -121,7 +122,8 @@ class Node:
         """Download after the shell text `setup`; the result's stderr is what the console shows."""
         environment = {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
         environment |= {"STAGE": str(STAGE), "anchor_https_proxy": proxy, **(env or {})}
-        done = self.shell.run(setup + SCRIPT, url, str(self.image), sha256, env=environment, unshare=unshare)
+        arguments = (url, str(self.image), sha256, str(size))
+        done = self.shell.run(setup + SCRIPT, *arguments, env=environment, unshare=unshare)
         assert not list(self.image.parent.glob("*.fetch"))
         return done
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
-from contrib.site import pki
+from contrib.site import pki, servers
 from tests.stages import hostile_http as fake
 from tests.stages import https_node
 from tests.stages.hostile_http import hostile
@@ -171,3 +174,118 @@ def test_https_leads_to_https_only(dash: Node, site: Site, to: str) -> None:
         assert dash.failed(done, "redirects to a protocol that is not allowed", "https:// only")
         assert plain.requests == []
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("percent", [1, 50, 99])
+def test_a_reset_is_resumed(dash: Node, percent: int) -> None:
+    sent = len(DATA) * percent // 100
+    with hostile(fake.whole(DATA, sent=sent, reset=True), fake.whole(DATA)) as server:
+        done = dash.fetch(server.url(), DIGEST)
+        assert dash.got(done)
+        assert "the transfer from 127.0.0.1:" in done.stderr
+        assert server.requests[1][1]["Range"] == f"bytes={sent}-"
+
+
+def test_one_byte_a_second_is_too_slow(dash: Node) -> None:
+    with hostile(fake.dripping(DATA)) as server:
+        begun = time.monotonic()
+        done = dash.fetch(server.url(), DIGEST, stall=1, attempts=2)
+        assert dash.failed(done, "after attempt 2 of 2", "is too slow or silent", "rd.anchor.fetch.connect_timeout")
+        assert time.monotonic() - begun < 6
+
+
+def test_a_truncated_file_with_a_length_to_match_is_not_the_file(node: Node) -> None:
+    with hostile(fake.whole(DATA[:1_000_000])) as server:
+        assert node.failed(node.fetch(server.url(), DIGEST), "is not what it should be: its SHA-256 digest is")
+        done = node.fetch(server.url(), DIGEST, size=len(DATA))
+        assert node.failed(done, f"it has 1000000 bytes, expected {len(DATA)}")
+
+
+def test_garbage_of_the_right_length_is_not_the_file(dash: Node) -> None:
+    with hostile(fake.whole(OTHER)) as server:
+        assert dash.failed(dash.fetch(server.url(), DIGEST, size=len(DATA)), "its SHA-256 digest is")
+        assert len(server.requests) == 1
+
+
+def test_an_error_page_with_status_200_is_not_the_file(dash: Node) -> None:
+    with hostile(fake.status(200, page=b"<html>Please log in</html>")) as server:
+        assert dash.failed(dash.fetch(server.url(), DIGEST, size=len(DATA)), "it has 26 bytes, expected 3000000")
+        assert dash.failed(dash.fetch(server.url(), DIGEST), "its SHA-256 digest is")
+
+
+def test_gzip_on_the_way_is_not_the_file(dash: Node) -> None:
+    with hostile(fake.gzipped(DATA)) as server:
+        done = dash.fetch(server.url(), DIGEST)
+        assert dash.failed(done, "comes in an encoding (gzip)", "its SHA-256 digest is")
+        assert "gzip" not in server.requests[0][1].get("Accept-Encoding", "")
+
+
+def test_a_server_that_comes_back_is_waited_for(dash: Node) -> None:
+    port = servers.free_port()
+    with ExitStack() as stack:
+        late = threading.Timer(0.8, lambda: stack.enter_context(hostile(fake.whole(DATA), port=port)))
+        late.start()
+        stack.callback(late.join)
+        done = dash.fetch(f"http://127.0.0.1:{port}/x", DIGEST, env={"RANDOM_NUMBER": "700"})
+        assert dash.got(done)
+    assert "no connection: " in done.stderr
+
+
+def test_a_server_that_goes_away_and_comes_back_is_resumed(dash: Node) -> None:
+    port = servers.free_port()
+    with ExitStack() as stack:
+        broken = threading.Event()
+
+        def breaks(exchange: fake.Exchange) -> None:
+            fake.whole(DATA, sent=1_000_000)(exchange)
+            broken.set()
+
+        def come_back() -> None:
+            broken.wait(20)
+            first.close()
+            time.sleep(0.9)
+            second.append(stack.enter_context(hostile(fake.whole(DATA), port=port)))
+
+        second: list[fake.Hostile] = []
+        first = stack.enter_context(ExitStack())
+        first.enter_context(hostile(breaks, port=port))
+        worker = threading.Thread(target=come_back)
+        worker.start()
+        stack.callback(worker.join)
+        done = dash.fetch(f"http://127.0.0.1:{port}/x", DIGEST, env={"RANDOM_NUMBER": "600"})
+        assert dash.got(done)
+        assert second[0].requests[-1][1]["Range"] == "bytes=1000000-"
+    assert "no connection: " in done.stderr
+
+
+def test_ipv6_alone_is_enough(dash: Node, site: Site) -> None:
+    tls = pki.issue(site.authority, site.directory, "six", addresses=["::1"])
+    with hostile(fake.whole(DATA, sent=1_000_000), fake.whole(DATA), tls=tls, host="::1") as server:
+        assert dash.got(dash.fetch(server.url(scheme="https"), DIGEST))
+        assert len(server.requests) == 2
+
+
+# A network of its own, in which a name server begins to answer only after a while.
+NAMES = """
+ip link set lo up || exit 9
+printf 'nameserver 127.0.0.1\noptions timeout:1 attempts:1\n' >"$ANCHOR_ROOT/resolv.conf"
+printf 'hosts: dns\n' >"$ANCHOR_ROOT/nsswitch.conf"
+mount --bind "$ANCHOR_ROOT/resolv.conf" /etc/resolv.conf || exit 9
+mount --bind "$ANCHOR_ROOT/nsswitch.conf" /etc/nsswitch.conf || exit 9
+{ sleep 1; exec dnsmasq --keep-in-foreground --conf-file=/dev/null --no-resolv --no-hosts --user=root --pid-file= \
+    --listen-address=127.0.0.1 --address=/store.example/127.0.0.1; } >/dev/null 2>&1 &
+(cd "$WWW" && exec python3 -m http.server --bind 127.0.0.1 8000) >/dev/null 2>&1 &
+"""
+
+
+@pytest.mark.skipif(shutil.which("dnsmasq") is None, reason="dnsmasq is missing")
+def test_names_that_resolve_only_later_are_waited_for(dash: Node, site: Site) -> None:
+    done = dash.fetch(
+        "http://store.example:8000/node.squashfs",
+        DIGEST,
+        setup=NAMES,
+        env={"WWW": str(site.directory / "www"), "RANDOM_NUMBER": "900"},
+        unshare=("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+    )
+    assert dash.got(done)
+    assert "the name is not known: " in done.stderr

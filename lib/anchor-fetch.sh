@@ -91,7 +91,7 @@ anchor_fetch_place() {
             2) ;;
             *) return 1 ;;
         esac
-        if [ "$round" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$round" "${anchor_fetch_retry_after:-0}" "$anchor_fetch_error"; then
+        if [ "$round" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$round" "$round" "${anchor_fetch_retry_after:-0}" "$anchor_fetch_error"; then
             anchor_fetch__took
             anchor_fail "gave up on $anchor_fetch_url after attempt $round of $anchor_fetch_attempts and \
 $anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
@@ -166,10 +166,11 @@ anchor_fetch_too_large() {
 # The helpers share these locals: mirrors, those that are left; queue, those still to be asked in this round; later,
 # those of the next one; first, the one to begin it with; n and url, the present one; pieces, how many attempts
 # file has its bytes from, sources, which mirrors, and owner, the last of them; grew and useless, whether in this round
-# file grew, and whether somebody could not go on from it; alone, 1 once the parts of several attempts were wrong.
+# file grew, and whether somebody could not go on from it; idle, how many rounds brought nothing since one that did;
+# alone, 1 once the parts of several attempts were wrong.
 anchor_fetch__all() {
     local count=0 mirrors='' queue later='' first='' n url round=1 attempts=0
-    local pieces=0 sources='' owner='' grew='' useless='' alone=''
+    local pieces=0 sources='' owner='' grew='' useless='' alone='' idle=0
     anchor_fetch__expectable "$dest" && anchor_fetch__admit || return 1
     queue=$mirrors
     while :; do
@@ -445,6 +446,8 @@ anchor_fetch__next_round() {
     if [ -n "$useless" ] && [ -z "$grew" ]; then
         anchor_fetch__from_zero || return 1
     fi
+    idle=$((idle + 1))
+    [ -z "$grew" ] || idle=1
     useless=
     grew=
     queue=$later
@@ -457,7 +460,7 @@ anchor_fetch__next_round() {
     done
     [ "${asked:-0}" -ge 0 ] || asked=0
     anchor_fetch__tell "$n"
-    if [ "$round" -lt "$anchor_fetch_attempts" ] && anchor_fetch__pause "$round" "${asked:-0}" "$anchor_fetch_told"; then
+    if [ "$round" -lt "$anchor_fetch_attempts" ] && anchor_fetch__pause "$idle" "$round" "${asked:-0}" "$anchor_fetch_told"; then
         round=$((round + 1))
         return 0
     fi
@@ -514,22 +517,22 @@ anchor_fetch__budget() {
     anchor_fetch_room="the file should have $anchor_fetch_amount"
 }
 
-# usage: anchor_fetch__pause ATTEMPT ASKED WHY
-# Waits as long as the server ASKED for (seconds) and then a random part of a window that doubles with each attempt and
-# is no smaller than ASKED, because all nodes may have been asked for the same; but never more than half of the time
-# left: another attempt has to fit in. Status 1 if there is no time left.
+# usage: anchor_fetch__pause IDLE ATTEMPT ASKED WHY
+# Waits as long as the server ASKED for (seconds), and then a random part of a window. It doubles with each attempt that
+# brought nothing, IDLE of them, and is no smaller than ASKED, because all nodes may have been asked for the same. But
+# never more than half of the time left: another attempt has to fit in. Status 1 if there is no time left.
 anchor_fetch__pause() {
     local window=60 wait left random
     [ "$1" -gt 6 ] || window=$((1 << ($1 - 1)))
-    [ "$2" -le "$window" ] || window=$2
+    [ "$3" -le "$window" ] || window=$3
     random=$(od -An -N4 -tu4 /dev/urandom) || random=0
-    wait=$(($2 * 1000 + random % (window * 1000 + 1)))
+    wait=$(($3 * 1000 + random % (window * 1000 + 1)))
     anchor_uptime_ms
     left=$((deadline - anchor_uptime_ms))
     [ "$left" -gt 100 ] || return 1
     [ "$wait" -le $((left / 2)) ] || wait=$((left / 2))
     wait=$((wait / 1000)).$((wait % 1000 / 100))
-    anchor_warn "fetching ${anchor_fetch_url##*/}: attempt $1 of $anchor_fetch_attempts: $3; next in $wait s"
+    anchor_warn "fetching ${anchor_fetch_url##*/}: attempt $2 of $anchor_fetch_attempts: $4; next in $wait s"
     sleep "$wait"
 }
 

@@ -240,6 +240,15 @@ def test_the_wait_is_a_random_part_of_a_window_that_doubles(node: Node) -> None:
     assert waits == [f"{number // 1000}.{number % 1000 // 100} s" for number in numbers]
 
 
+def test_a_part_that_came_makes_the_next_wait_short_again(dash: Node) -> None:
+    setup = "sleep() { command sleep 0.01; }"
+    transport = 'case $calls in 3 | 4) printf x >>"$2" ;; esac; anchor_fetch_error=busy; return 2'
+    done = dash.fetch(transport, setup=setup, attempts=6, timeout=3600, env={"RANDOM_NUMBER": "59999"})
+    waits = [line.rpartition("next in ")[2] for line in done.stderr.splitlines() if "next in" in line]
+    numbers = [59999 % (1000 * window + 1) for window in (1, 2, 1, 1, 2)]
+    assert waits == [f"{number // 1000}.{number % 1000 // 100} s" for number in numbers]
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

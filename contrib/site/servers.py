@@ -38,6 +38,7 @@ http {{
     default_type application/octet-stream;
     sendfile on;
     etag on;
+    limit_rate {rate};
     log_format store '$status $bytes_sent "$http_range" "$ssl_client_s_dn" $request_method $request_uri';
     access_log {directory}/access.log store;
     client_body_temp_path {directory}/tmp;
@@ -160,9 +161,12 @@ def nginx(
     leaf: pki.Leaf,
     client_ca: Path | None = None,
     plain: bool = True,
+    rate: int = 0,
     outlive: bool = False,
 ) -> Iterator[Store]:
     """Serve the files of `root` over HTTPS, and with `plain` over HTTP too; logs and state go to `directory`.
+
+    `rate` is how many bytes each client gets in a second; 0 for as many as there can be.
 
     With `client_ca` the HTTPS listener answers only clients with a certificate of that CA; others get
     status 400.
@@ -181,6 +185,7 @@ def nginx(
             key=leaf.key.resolve(),
             client=client if client_ca else "",
             root=root.resolve(),
+            rate=rate,
             plain=f"server {{ listen 127.0.0.1:{http_port}; root {root.resolve()}; }}" if plain else "",
         ),
         encoding="utf-8",

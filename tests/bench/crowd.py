@@ -29,6 +29,7 @@ PARAMETERS = {"timeout": "300", "connect_timeout": "30", "stall": "30", "attempt
 NODE = """
 . "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$STAGES/transport-https/stage.sh" || exit 9
 anchor_stage_for_scheme() { anchor_transport=https anchor_transport_needs_digest=1; }
+read -r go <"$GO"
 mkdir -p "$ANCHOR_ROOT/run/anchor/credentials" && anchor_fetch "$URL" "$ANCHOR_ROOT/image" "$DIGEST" 2>/dev/null
 """
 
@@ -109,15 +110,21 @@ def main(arguments: list[str]) -> None:
             "LIB": str(TOP / "lib"),
             "STAGES": str(TOP / "dracut-modules"),
             "URL": f"http://127.0.0.1:{server.server_port}/image",
+            "GO": str(work / "go"),
             "DIGEST": hashlib.sha256(FILE).hexdigest(),
             "anchor_https_proxy": "",
             **{f"anchor_fetch_{key}": value for key, value in PARAMETERS.items()},
         }
-        began = time.monotonic()
+        os.mkfifo(work / "go")
         nodes = [
             subprocess.Popen(["sh", "-c", NODE], env=env | {"ANCHOR_ROOT": str(work / str(number))})
             for number in range(options.nodes)
         ]
+        # All of them wait in open(2) until somebody opens the other end.
+        time.sleep(options.nodes / 50)
+        began = time.monotonic()
+        with (work / "go").open("w") as go:
+            go.write("go\n" * options.nodes)
         done = [node.wait(timeout=LIMIT_S) for node in nodes].count(0)
         took = time.monotonic() - began
         log = server.log

@@ -23,6 +23,7 @@ from contrib.site import pki, servers
 
 TOP = Path(__file__).resolve().parents[2]
 SIZE_MB = 1000
+RATE = 312_500_000  # bytes a second
 LIMIT_S = 60
 POLL_S = 0.02
 PARAMETERS = {"timeout": "900", "connect_timeout": "10", "stall": "20", "attempts": "8", "reserve": str(64 << 20)}
@@ -92,8 +93,13 @@ def main(arguments: list[str]) -> None:
         www = work / "www"
         www.mkdir()
         image.rename(www / image.name)
-        nginx = servers.nginx(work / "nginx", root=www, leaf=leaf, client_ca=authority.certificate)
-        store = stack.enter_context(nginx)
+        # As fast as it can be, which takes a core from the node; and as from another machine, over 2.5 Gbit/s.
+        store, remote = (
+            stack.enter_context(
+                servers.nginx(work / f"nginx{rate}", root=www, leaf=leaf, client_ca=authority.certificate, rate=rate)
+            )
+            for rate in (0, RATE)
+        )
         root = work / "node"
         for name in ("etc/anchor", "run/anchor/credentials", "run/anchor/image", "run/anchor/lower"):
             (root / name).mkdir(parents=True)
@@ -104,6 +110,8 @@ def main(arguments: list[str]) -> None:
         for name, url in (
             ("mutual TLS", f"https://127.0.0.1:{store.https_port}/{image.name}"),
             ("plain HTTP", f"http://127.0.0.1:{store.http_port}/{image.name}"),
+            ("mutual TLS, 2.5 Gbit/s", f"https://127.0.0.1:{remote.https_port}/{image.name}"),
+            ("plain HTTP, 2.5 Gbit/s", f"http://127.0.0.1:{remote.http_port}/{image.name}"),
         ):
             curl = ["curl", "-sS", "--http1.1", "--cacert", str(authority.certificate), "--cert", str(node.certificate)]
             curl += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
 import threading
 import time
 from contextlib import ExitStack
@@ -263,6 +264,19 @@ def test_ipv6_alone_is_enough(dash: Node, site: Site) -> None:
     with hostile(fake.whole(DATA, sent=1_000_000), fake.whole(DATA), tls=tls, host="::1") as server:
         assert dash.got(dash.fetch(server.url(scheme="https"), DIGEST))
         assert len(server.requests) == 2
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is missing")
+@pytest.mark.parametrize(
+    ("clock", "message"), [("2099-01-01", "has expired: the clock says 2099-"), ("1970-01-02", "is not yet valid: the")]
+)
+def test_a_wrong_clock_is_named_with_the_certificate(dash: Node, site: Site, clock: str, message: str) -> None:
+    argv = ["faketime", "-f", f"@{clock} 00:00:00", "env"]
+    fake_environment = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    environment = dict(line.split("=", 1) for line in fake_environment if line.startswith(("LD_PRELOAD=", "FAKETIME=")))
+    done = dash.fetch(site.url(), DIGEST, env={**environment, "FAKETIME_DONT_FAKE_MONOTONIC": "1"})
+    assert dash.failed(done, message, f"the clock says {clock[:4]}-", "rd.anchor.clock.ntp=")
+    assert dash.attempts() == 1
 
 
 # A network of its own, in which a name server begins to answer only after a while.

@@ -32,7 +32,9 @@ def named_in(file: str) -> set[str]:
     """Return the tests in a file, as pytest names them."""
     tree = ast.parse((TOP / file).read_text(encoding="utf-8"))
     return {
-        f"{file}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        f"{file}::{node.name}"
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
 
 

@@ -262,14 +262,16 @@ anchor_fetch__admissible() {
 
 # usage: anchor_fetch__choose
 # Takes a mirror out of queue, at random among those that may be asked now. Sets n, url, anchor_fetch_url and
-# anchor_transport. Status 1 when none of them wants to be asked yet, and others were: they are left for the next round.
+# anchor_transport. Status 1 when others were asked and these are not to be: they want to be left alone for a while yet,
+# or the time is up. Then they are left for the next round.
 anchor_fetch__choose() {
     local each ready='' random
     anchor_uptime_ms
     for each in $queue; do
         anchor_recall "$work/$each.until"
         # A wait is cut to tenths of a second.
-        [ "${anchor_recall:-0}" -gt $((anchor_uptime_ms + 200)) ] || ready="$ready $each"
+        [ "${anchor_recall:-0}" -gt $((anchor_uptime_ms + 200)) ] || [ "$anchor_uptime_ms" -ge "$deadline" ] ||
+            ready="$ready $each"
     done
     if [ -z "$ready" ]; then
         if [ -n "$later" ]; then
@@ -323,9 +325,12 @@ anchor_fetch__attempt() {
     before=$anchor_fetch_size
     anchor_fetch__prepare
     [ -n "$alone" ] || anchor_fetch_verified=${want:+1}
+    # What one mirror brings slowly, another may finish: it gets half of the time only.
+    [ -z "$anchor_fetch_verified" ] || [ "$mirrors" = " $n" ] || anchor_fetch_left=$(((anchor_fetch_left + 1) / 2))
     attempts=$((attempts + 1))
     anchor_note_number attempts "$attempts"
     anchor_note url "$anchor_fetch_url"
+    [ ! -e "$work/error" ] || rm -f "$work/error" "$work/hint"
     if [ -z "$expected" ] || [ "$before" != "$expected" ]; then
         "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
         status=$?
@@ -397,6 +402,7 @@ anchor_fetch__failed() {
 # usage: anchor_fetch__drop
 # Takes the mirror n out, for the reason that anchor_fail was given.
 anchor_fetch__drop() {
+    [ -e "$work/error" ] || anchor_fail "$anchor_fetch_url failed without saying why"
     mv -f "$work/error" "$work/$n.error"
     mv -f "$work/hint" "$work/$n.hint"
     anchor_fetch__without "$n" "$mirrors"

@@ -457,6 +457,31 @@ def test_all_nodes_that_were_asked_for_the_same_time_come_back_spread_over_as_mu
     assert "next in 59.0 s" in done.stderr
 
 
+def test_the_deadline_ends_a_round_too(dash: Node) -> None:
+    begun = time.monotonic()
+    urls = " ".join(f"https://{number}.example/x" for number in range(20))
+    done = dash.fetch("sleep 0.4; anchor_fetch_error=slow; return 2", url=urls, sha256=digest(b"hello"), timeout=1)
+    assert done.returncode == 1
+    assert time.monotonic() - begun < 2.5
+    assert len(dash.calls()) <= 3
+    assert "gave up on all 20 mirrors after attempt 1 of 4 and 1 s of 1 s" in done.stderr
+
+
+def test_a_slow_mirror_leaves_time_for_another(node: Node) -> None:
+    transport = 'anchor_fetch_error=slow; [ "$calls" = 3 ] || return 2; printf hello >>"$2"'
+    assert node.fetch(transport, url=f"{A} {B}", sha256=digest(b"hello"), timeout=100).returncode == 0
+    assert all(45 <= left <= 50 for left, _ in node.calls())
+    # Without a digest what it brought would be lost.
+    assert node.fetch("printf hello >>$2", url=f"{A} {B}", timeout=100).returncode == 0
+    assert node.calls()[-1][0] > 95
+
+
+def test_a_transport_that_fails_without_a_word_is_named(node: Node) -> None:
+    done = node.fetch("return 1")
+    assert done.returncode == 1
+    assert f"error: {URL} failed without saying why" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["dash", "busybox"])
 def test_the_order_of_mirrors_is_random(name: str, tmp_path: Path) -> None:
     node = prepared(Shell(name, tmp_path))

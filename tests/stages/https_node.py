@@ -27,6 +27,7 @@ CURL = shutil.which("curl") or ""
 SCRIPT = r"""
 . "$LIB/anchor-report.sh"
 . "$LIB/anchor-fetch.sh"
+. "$LIB/anchor-http.sh"
 . "$STAGE"
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
 anchor_stage_for_scheme() {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,19 +109,49 @@ def issue(
     directory.mkdir(parents=True, exist_ok=True)
     made = Leaf(directory / f"{name}.crt", directory / f"{name}.key")
     with tempfile.TemporaryDirectory() as temporary:
+        request = Path(temporary) / "request.pem"
+        _make_key(made.key)
+        config = _write_config(Path(temporary))
+        _openssl("req", "-new", "-config", config, "-subj", _subject(name), "-key", made.key, "-out", request)
+        signed = sign(
+            authority,
+            request,
+            name,
+            addresses=addresses,
+            client=client,
+            not_before=not_before,
+            not_after=not_after,
+        )
+        made.certificate.write_text(signed, encoding="ascii")
+    return made
+
+
+def sign(
+    authority: Authority,
+    request: Path,
+    name: str,
+    *,
+    addresses: Sequence[str] = (),
+    client: bool = False,
+    not_before: str | None = None,
+    not_after: str | None = None,
+) -> str:
+    """Return a certificate (PEM) for the key of a request (PKCS #10), whose signature is checked.
+
+    Nothing else of the request counts: name and `addresses` are the caller's. The rest is as in `issue`. Raises
+    AnchorError for a request that openssl does not accept.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         config = _write_config(work, usage="clientAuth" if client else "serverAuth", addresses=addresses)
-        request, signed = work / "request.pem", work / "signed.pem"
+        signed = work / "signed.pem"
         issuer = ("-cert", authority.certificate, "-keyfile", authority.key)
         start, end = not_before or _days_from_now(-1), not_after or _days_from_now(365)
-        _make_key(made.key)
-        _openssl("req", "-new", "-config", config, "-subj", _subject(name), "-key", made.key, "-out", request)
         _openssl(
             *("ca", "-batch", "-notext", "-rand_serial", "-config", config, "-extensions", "leaf"),
-            *(*issuer, "-startdate", start, "-enddate", end, "-in", request, "-out", signed),
+            *("-subj", _subject(name), *issuer, "-startdate", start, "-enddate", end, "-in", request, "-out", signed),
         )
-        shutil.copyfile(signed, made.certificate)
-    return made
+        return signed.read_text(encoding="ascii")
 
 
 def _write_config(work: Path, *, usage: str = "serverAuth", addresses: Sequence[str] = ()) -> Path:

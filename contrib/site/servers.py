@@ -1,4 +1,4 @@
-"""The servers of a site on the loopback interface: an ACME server (pebble) and an image store (nginx).
+"""The servers of a site on the loopback interface: an ACME server (pebble), image stores (nginx, and Swift for S3).
 
 Each is a context manager that returns when the server answers and has ended it, by process id, when the
 body is left, whichever way. By default a server also ends when the process that started it is killed;
@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from anchor_build.errors import AnchorError
-from anchor_build.run import start, stop
+from anchor_build.run import run, start, stop
 from contrib.site import pki
 
 START_TIMEOUT = 15.0
+# Where Debian's python3-swift is; the system's own Python imports it.
+SWIFT = Path("/usr/lib/python3/dist-packages/swift")
 
 NGINX_CONFIG = """\
 daemon off;
@@ -81,6 +84,45 @@ class Store:
     http_port: int
     access_log: Path
     pids: tuple[int, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 service for one account; `domain` is for virtual-host style, `port` also for the names below it.
+
+    A line of the access log is: client, time, "request line", status, bytes and seconds.
+    """
+
+    scheme: str
+    port: int
+    region: str
+    domain: str
+    access_key: str
+    secret_key: str
+    access_log: Path
+    ca: Path | None = None
+    pids: tuple[int, ...] = field(default=())
+
+    @property
+    def endpoint(self) -> str:
+        """The URL of the service on this machine."""
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def make_bucket(self, bucket: str) -> None:
+        """Make a bucket."""
+        self._request(f"/{bucket}", "--request", "PUT")
+
+    def put(self, bucket: str, key: str, file: Path) -> None:
+        """Store a file as an object; `key` is text, not percent-encoded."""
+        self._request(f"/{bucket}/{quote(key, safe='/~')}", "--upload-file", str(file))
+
+    def _request(self, path: str, *options: str) -> None:
+        # curl is a signer of its own, so the stage's is not checked against itself.
+        words = ["curl", "--disable", "--silent", "--show-error", "--fail", "--path-as-is", "--config", "-"]
+        words += ["--aws-sigv4", f"aws:amz:{self.region}:s3", "--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]
+        words += ["--cacert", str(self.ca)] if self.ca else []
+        user = f'user = "{self.access_key}:{self.secret_key}"\n'
+        run([*words, *options, self.endpoint + path], input_text=user, timeout=60)
 
 
 def free_port() -> int:
@@ -195,6 +237,43 @@ def nginx(
     with _running(argv, directory / "nginx.stderr", outlive=outlive) as child:
         _wait([child], lambda: all(map(_accepts, ports)), directory / "nginx.stderr")
         yield Store(https_port, http_port, directory / "access.log", (child.pid,))
+
+
+@contextmanager
+def swift_s3(
+    directory: Path,
+    *,
+    leaf: pki.Leaf | None = None,
+    ca: Path | None = None,
+    region: str = "eu-north-1",
+    domain: str = "s3.example",
+    access_key: str = "AKIAROBOT",
+    secret_key: str = "s3cr+t/key",  # noqa: S107 - of a server that lives as long as a test
+    outlive: bool = False,
+) -> Iterator[S3]:
+    """Run OpenStack Swift's S3 service, which checks signatures (SigV4) and answers with S3's own error codes.
+
+    `leaf` makes it HTTPS; `ca` is what its client then trusts. Objects are in memory: `directory` gets configuration
+    and logs only. The program needs Debian's python3-swift.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    settings = {
+        "directory": str(directory.resolve()),
+        "port": port,
+        "certificate": str(leaf.certificate.resolve()) if leaf else "",
+        "key": str(leaf.key.resolve()) if leaf else "",
+        "region": region,
+        "domain": domain,
+        "users": {access_key: secret_key},
+    }
+    file = directory / "settings.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    argv = ["/usr/bin/python3", str(Path(__file__).with_name("s3_server.py")), str(file.resolve())]
+    with _running(argv, directory / "server.log", outlive=outlive) as child:
+        _wait([child], lambda: _accepts(port), directory / "server.log")
+        scheme, log = "https" if leaf else "http", directory / "requests.log"
+        yield S3(scheme, port, region, domain, access_key, secret_key, log, ca, (child.pid,))
 
 
 @contextmanager

@@ -46,7 +46,10 @@ class Forward:
 
 @dataclass(frozen=True)
 class Machine:
-    """A node to boot. `memory` is a number with M or G; `rtc` the clock's start, such as 1970-01-01."""
+    """A node to boot. `memory` is a number with M or G; `rtc` the clock's start, such as 1970-01-01.
+
+    The texts of `oem_files` become SMBIOS OEM strings (type 11), which may be secret: arguments are not.
+    """
 
     kernel: Path
     initrd: Path
@@ -58,6 +61,7 @@ class Machine:
     hostname: str = ""
     mac: str = ""
     rtc: str = ""
+    oem_files: tuple[Path, ...] = ()
 
 
 # --- The machine as arguments -----------------------------------------------------------------------------
@@ -76,7 +80,9 @@ def parse_forward(text: str) -> Forward:
 
 def check_machine(machine: Machine) -> None:
     """Raise UsageError that names everything QEMU or the kernel would misunderstand."""
-    problems = [f"{path}: no such file" for path in (machine.kernel, machine.initrd) if not path.is_file()]
+    problems = [
+        f"{path}: no such file" for path in (machine.kernel, machine.initrd, *machine.oem_files) if not path.is_file()
+    ]
     shapes = (
         ("memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
         ("host name", machine.hostname, r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})?", "is not a host name"),
@@ -125,6 +131,8 @@ def arguments(machine: Machine, directory: Path, console: Path) -> list[str]:
         argv += ["-chardev", f"file,id={name},path={_value(path)}", "-serial", f"chardev:{name}"]
     argv += ["-device", "virtio-rng-pci", "-netdev", ",".join(network), "-device", card]
     argv += ["-rtc", f"base={machine.rtc}"] if machine.rtc else []
+    for file in machine.oem_files:
+        argv += ["-smbios", f"type=11,path={_value(file)}"]
     return [*argv, "-pidfile", str(directory / "qemu.pid")]
 
 

@@ -122,6 +122,14 @@ class LiveSteps(Watcher):
 @click.option("--hostname", default="", metavar="NAME", help="The host name that DHCP gives the node.")
 @click.option("--mac", default="", metavar="ADDRESS", help="The address of the node's network card.")
 @click.option("--rtc", default="", metavar="BASE", help="What the node's clock starts at, such as 1970-01-01.")
+@click.option(
+    "--oem-file",
+    "oem_files",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Give the node the text of FILE as an SMBIOS OEM string, such as anchor-token=... May be repeated.",
+)
 @click.option("--console", "log", type=OUTPUT, metavar="FILE", help="Where to leave the log of the console.")
 @click.option("--boot-json", type=OUTPUT, metavar="FILE", help="Where to leave the node's own boot.json.")
 @click.option("--keep", is_flag=True, help="Leave the node running once it got there.")
@@ -142,6 +150,7 @@ def command(
     hostname: str,
     mac: str,
     rtc: str,
+    oem_files: tuple[Path, ...],
     log: Path | None,
     boot_json: Path | None,
     keep: bool,
@@ -163,7 +172,7 @@ def command(
     if boot_json is not None and not boot_json.parent.is_dir():
         raise UsageError(f"{boot_json.parent}: no such directory")
     forwards = tuple(parse_forward(text) for text in hostfwd)
-    machine = Machine(kernel, initrd, " ".join(append), memory, cpus, accel, forwards, hostname, mac, rtc)
+    machine = Machine(kernel, initrd, " ".join(append), memory, cpus, accel, forwards, hostname, mac, rtc, oem_files)
     check_machine(machine)
     machine = replace(machine, accel=choose_accel(accel))
     steps = LiveSteps(console, machine.accel)

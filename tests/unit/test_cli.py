@@ -157,6 +157,8 @@ def test_stages_from_all_sources(anchor: Anchor, installed_package: Path, monkey
         ("transport", "nfs"): "built in",
         ("transport", "file"): "built in",
         ("transport", "rsync"): "built in",
+        ("auth", "token"): "built in",
+        ("transport", "s3"): "built in",
         ("image", "plain-file"): "entry point site",
         ("image", "squashfs"): "built in",
     }
@@ -293,7 +295,7 @@ def test_a_completion_script_for_each_shell(shell: str) -> None:
         ("anchor-build initramfs --auth a", ["acme"]),
         ("anchor-build initramfs --auth n", ["nfs", "none"]),
         ("anchor-build render --image s", ["squashfs"]),
-        ("anchor-build show auth", ["auth-acme", "auth-ssh", "auth-nfs", "auth-none"]),
+        ("anchor-build show auth", ["auth-acme", "auth-ssh", "auth-token", "auth-nfs", "auth-none"]),
         ("anchor-build initr", ["initramfs"]),
         (f"anchor-build initramfs --stage-dir {SITE_STAGES} --auth l", ["local-file"]),
     ],

@@ -284,7 +284,7 @@ def _url(value: str, options: Options) -> str:
         if source:
             value = f"{'rsync' if source[2] == '::' else 'rsync+ssh'}://{source[1]}/{source[3]}"
         else:
-            value = f"{bare}://{value}"
+            value = f"{'file' if value.startswith('/') and not schemes else bare}://{value}"
     scheme, _, rest = value.partition("://")
     if "://" not in value or not SCHEME.fullmatch(scheme):
         raise InvalidValueError(example)
@@ -293,7 +293,9 @@ def _url(value: str, options: Options) -> str:
     place = re.split("[/?]", rest, maxsplit=1)[0]
     authority = _authority_or_none(place)
     tail = rest.removeprefix(place)
-    if authority is None or not URL_TAIL.fullmatch(tail):
+    if scheme.lower() == "file" and re.match("/.", rest) and URL_TAIL.fullmatch(tail):
+        return f"file://{tail}"
+    if authority is None or scheme.lower() == "file" or not URL_TAIL.fullmatch(tail):
         raise InvalidValueError(example)
     return f"{scheme.lower()}://{authority}{tail}"
 

@@ -318,12 +318,17 @@ anchor_type__authority() {
 }
 
 # anchor_type__bare TEXT SCHEMES BARE: sets $url, its caller's, to TEXT with the scheme that it lacks. Where any scheme will
-# do, that of rsync's own forms HOST::MODULE/PATH and USER@HOST:/PATH, which cannot be a host with a port.
+# do, that of rsync's own forms HOST::MODULE/PATH and USER@HOST:/PATH, which cannot be a host with a port, and file:// for a
+# path.
 anchor_type__bare() {
     local host="${1%%:*}" rest="${1#*:}"
     url=${3:+"$3://"}$1
     [ -z "$2" ] && [ -n "$3" ] || return 0
     case $host in
+        /*)
+            url=file://$1
+            return 0
+            ;;
         '' | "$1" | *[/\[]*) return 0 ;;
     esac
     case $rest in
@@ -355,7 +360,20 @@ anchor_type_url() {
     rest=${rest#"$authority"}
     case $rest in
         *[!A-Za-z0-9._~:/?@\!\$\&\(\)*+,\;=%-]*) ;;
-        *) anchor_type__authority "$authority" && anchor_value=$scheme://$anchor_value$rest && return 0 ;;
+        *)
+            if [ "$scheme" = file ]; then
+                # No host, and a path of this node.
+                case $authority$rest in
+                    /?*)
+                        anchor_value=file://$rest
+                        return 0
+                        ;;
+                esac
+            elif anchor_type__authority "$authority"; then
+                anchor_value=$scheme://$anchor_value$rest
+                return 0
+            fi
+            ;;
     esac
     anchor_type__refuse "$example"
 }

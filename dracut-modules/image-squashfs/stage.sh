@@ -1,26 +1,41 @@
 #!/bin/sh
-# Download a squashfs image into memory and mount it from there.
+# Download a squashfs or erofs image into memory and mount it from there; or mount one that is in place already.
 #
-# The image lies once in memory, in a tmpfs of its own. A loop device reads it there directly: on a tmpfs, direct I/O
+# A downloaded image lies once in memory, in a tmpfs of its own. A loop device reads it there directly: on a tmpfs, direct I/O
 # would save nothing, because the tmpfs is the page cache.
 # shellcheck disable=SC2154 # anchor_squashfs_* are this stage's parameters, anchor_recall is set by anchor_recall
 
 # usage: anchor_squashfs_run
-# Reads $anchor_squashfs_url, $anchor_squashfs_sha256. Leaves /run/anchor/image/image, complete and read-only. Safe to
-# repeat. On failure it unmounts the tmpfs, which frees the memory.
+# Reads $anchor_squashfs_url, $anchor_squashfs_mirrors and $anchor_squashfs_sha256, or instead of them what the manifest
+# says. Leaves /run/anchor/image/image, complete and read-only: the image itself, or a link to where it is in place.
+# Safe to repeat. On failure it unmounts the tmpfs, which frees the memory.
 anchor_squashfs_run() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image"
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" rest="$anchor_squashfs_mirrors" status
     if anchor_squashfs__mounted "$dir"; then
         # Read-only is the last thing that happens to it, so this one is complete.
         case $anchor_squashfs__options in
             ro | ro,*) return 0 ;;
         esac
-    elif ! anchor_squashfs__space "$dir"; then
-        return 1
     fi
-    [ -n "$anchor_squashfs_sha256" ] ||
+    urls=$anchor_squashfs_url
+    while [ -n "$rest" ]; do
+        urls="$urls${urls:+ }${rest%%,*}"
+        case $rest in
+            *,*) rest=${rest#*,} ;;
+            *) rest='' ;;
+        esac
+    done
+    if [ -n "${anchor_manifest_urls:-}" ]; then
+        urls=$anchor_manifest_urls
+        sha256=$anchor_manifest_sha256
+    elif [ -z "$sha256" ]; then
         anchor_info "rd.anchor.squashfs.sha256= is not given: nothing but the server's certificate vouches for the image"
-    if anchor_fetch "$anchor_squashfs_url" "$dir/image" "$anchor_squashfs_sha256" &&
+    fi
+    anchor_squashfs__place "$dir" "$urls" "$sha256"
+    status=$?
+    [ "$status" -eq 2 ] || return "$status"
+    anchor_squashfs__mounted "$dir" || anchor_squashfs__space "$dir" || return 1
+    if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
         anchor_squashfs__seal "$dir"; then
         return 0
@@ -29,15 +44,33 @@ anchor_squashfs_run() {
     return 1
 }
 
+# usage: anchor_squashfs__place DIR URLS SHA256
+# Status 0: DIR/image leads to an image that is used where it is; 2: it has to be downloaded; 1: failed.
+anchor_squashfs__place() {
+    local status
+    # What lies elsewhere can be changed after its digest was taken. Where only a signature is believed, it is copied.
+    ! anchor_params_signed || return 2
+    case $2 in
+        *' '*) return 2 ;;
+    esac
+    anchor_fetch_place "$2" "$3"
+    status=$?
+    [ "$status" -eq 0 ] || return "$status"
+    anchor_squashfs__check "$anchor_fetch_placed" || return 1
+    mkdir -p "$1" && ln -sfn "$anchor_fetch_placed" "$1/image" && return 0
+    anchor_fail "cannot write to $1" "is /run full?"
+}
+
 # usage: anchor_squashfs_mount DIR
 # Mounts the image read-only on DIR. Safe to repeat. On failure it frees the image's memory.
 anchor_squashfs_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
     anchor_squashfs__mounted "$1" && return 0
+    anchor_squashfs__check "$dir/image" || return 1
     [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
-    error=$(mount -t squashfs -o loop,ro "$dir/image" "$1" 2>&1) && return 0
+    error=$(mount -t "$anchor_squashfs__format" -o loop,ro "$dir/image" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" \
-        "does this kernel have loop and squashfs with the image's compression? (see dmesg)"
+        "does this kernel have loop and $anchor_squashfs__format with the image's compression? (see dmesg)"
     anchor_squashfs__free "$dir"
     return 1
 }
@@ -67,26 +100,48 @@ anchor_squashfs__space() {
 }
 
 # usage: anchor_squashfs__check FILE
-# Whether FILE is a whole squashfs; when not, says what it is instead. Notes its compression.
+# Whether FILE is a whole squashfs or erofs; when not, says what it is instead. Sets anchor_squashfs__format to the file
+# system's type, and notes it.
 anchor_squashfs__check() {
-    local file="$1" size used compression
-    size=$(stat -c %s "$file")
-    # The superblock begins with the magic "hsqs"; two bytes at 20 are the compression, eight at 40 the bytes used.
+    local size used
+    anchor_squashfs__format=
+    size=$(stat -L -c %s "$1")
+    # erofs leaves the first 1024 bytes to boot loaders. Its superblock begins with the magic E2 E1 F5 E0; byte 12 is the
+    # block size as a power of two, four bytes at 36 the number of blocks (fs/erofs/erofs_fs.h of the kernel).
     # shellcheck disable=SC2046 # od prints numbers
-    set -- $(od -A n -v -t u1 -N 48 "$file")
-    if [ "$1 $2 $3 $4" != '104 115 113 115' ]; then
-        anchor_fail "what the server sent is not a squashfs: it is $(anchor_squashfs__looks_like "$@")" \
-            "check rd.anchor.squashfs.url="
-        return 1
+    set -- "$1" $(od -A n -v -t u1 -j 1024 -N 40 "$1" 2>/dev/null)
+    if [ "${2:-} ${3:-} ${4:-} ${5:-}" = '226 225 245 224' ]; then
+        anchor_squashfs__format=erofs
+        used=1152 # a superblock alone, for a file that is too short to say
+        [ $# -lt 41 ] || [ "${14}" -gt 16 ] ||
+            used=$(((${38} + (${39} << 8) + (${40} << 16) + (${41} << 24)) << ${14}))
+    else
+        anchor_squashfs__squashfs "$1" || return 1
     fi
-    compression=${21:-}
-    used=96 # a superblock alone, for a file that is too short to say
-    [ $# -lt 48 ] || used=$((${41} + (${42} << 8) + (${43} << 16) + (${44} << 24) + (${45} << 32) + (${46} << 40)))
     if [ "$size" -lt "$used" ]; then
         anchor_fail "the image is truncated: it has $size of $used bytes" \
             "the file on the server is incomplete; publish it again"
         return 1
     fi
+    anchor_note format "$anchor_squashfs__format"
+}
+
+# usage: anchor_squashfs__squashfs FILE
+# The superblock of a squashfs: sets anchor_squashfs__format and used. Notes its compression.
+anchor_squashfs__squashfs() {
+    local compression
+    # It begins with the magic "hsqs"; two bytes at 20 are the compression, eight at 40 the bytes used.
+    # shellcheck disable=SC2046 # od prints numbers
+    set -- $(od -A n -v -t u1 -N 48 "$1")
+    if [ "$1 $2 $3 $4" != '104 115 113 115' ]; then
+        anchor_fail "the image is neither a squashfs nor an erofs: it is $(anchor_squashfs__looks_like "$@")" \
+            "check the URL of the image (rd.anchor.squashfs.url= or the manifest)"
+        return 1
+    fi
+    anchor_squashfs__format=squashfs
+    compression=${21:-}
+    used=96 # a superblock alone, for a file that is too short to say
+    [ $# -lt 48 ] || used=$((${41} + (${42} << 8) + (${43} << 16) + (${44} << 24) + (${45} << 32) + (${46} << 40)))
     case $compression in
         1) compression=gzip ;;
         2) compression=lzma ;;
@@ -124,7 +179,8 @@ anchor_squashfs__seal() {
 }
 
 # usage: anchor_squashfs__free DIR
-# Unmounts the image's tmpfs and so frees its memory.
+# Unmounts the image's tmpfs, if there is one, and so frees its memory.
 anchor_squashfs__free() {
+    anchor_squashfs__mounted "$1" || return 0
     umount "$1" || umount -l "$1"
 }

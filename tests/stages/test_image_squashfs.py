@@ -23,7 +23,7 @@ URL = "https://store.example/images/node.squashfs"
 SHA256 = "0" * 64
 
 LOAD = """
-. "$LIB/anchor-report.sh" && . "$STAGE" || exit 9
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-params.sh" && . "$STAGE" || exit 9
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 IMAGE_DIR="$ANCHOR_ROOT/run/anchor/image" LOWER="$ANCHOR_ROOT/run/anchor/lower"
 mkdir -p "$anchor_step_dir" "$LOWER" || exit 9
@@ -31,6 +31,11 @@ anchor_fetch() {
     printf '%s\\n' "$@" >>"$ANCHOR_ROOT/fetched"
     [ -n "$SOURCE" ] || { anchor_fail "the store is away"; return 1; }
     cat "$SOURCE" >"$2"
+}
+anchor_fetch_place() {
+    [ -n "$PLACED" ] || return 2
+    printf '%s\\n' "$@" >>"$ANCHOR_ROOT/placed"
+    anchor_fetch_placed=$PLACED
 }
 show() { # the mounts of this node, without the path of the test
     while read -r device dir type options rest; do
@@ -67,13 +72,17 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image(tmp_path_factory.mktemp("image"))
 
 
-def run(shell: Shell, source: Path | None, script: str, sha256: str = SHA256) -> subprocess.CompletedProcess[str]:
+def run(
+    shell: Shell, source: Path | None, script: str, sha256: str = SHA256, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run `script`; anchor_fetch gets `source`, or fails without one."""
     env = {
         "STAGE": str(STAGE),
         "SOURCE": str(source or ""),
+        "PLACED": "",
         "anchor_squashfs_url": URL,
         "anchor_squashfs_sha256": sha256,
+        **more,
     }
     return shell.run(LOAD + script, env=env, unshare=("--mount",))
 
@@ -104,6 +113,7 @@ def test_image_is_fetched_and_mounted_read_only(shell: Shell, image: Path) -> No
         URL,
         str(shell.root / "run/anchor/image/image"),
         SHA256,
+        "",
     ]
     assert note(shell, "note-compression") == "zstd"
     assert "vouches" not in done.stderr
@@ -227,3 +237,87 @@ def test_other_compressions_are_noted_and_mount(tmp_path: Path, compression: str
     done = run(shell, source, 'anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && cat "$LOWER/etc/motd"')
     assert done.stdout == "from the image\n", done.stderr
     assert note(shell, "note-compression") == compression
+
+
+@pytest.fixture(scope="module")
+def erofs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an erofs image of about 3 MB."""
+    top = tmp_path_factory.mktemp("erofs")
+    make_image(top)
+    if shutil.which("mkfs.erofs") is None:
+        pytest.skip("mkfs.erofs is missing")
+    argv = ["mkfs.erofs", "-zlz4", str(top / "image.erofs"), str(top / "root")]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    return top / "image.erofs"
+
+
+def test_an_erofs_is_known_by_its_magic_and_mounted(shell: Shell, erofs: Path) -> None:
+    script = 'anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && cat "$LOWER/etc/motd" && show'
+    done = run(shell, erofs, script)
+    assert done.returncode == 0, done.stderr
+    motd, tmpfs, lower = done.stdout.splitlines()
+    assert motd == "from the image"
+    assert " tmpfs ro," in tmpfs
+    assert lower.split()[2] == "erofs"
+    assert note(shell, "note-format") == "erofs"
+
+
+@pytest.mark.parametrize("left", [1028, 1100, 4096, 2_000_000])
+def test_a_truncated_erofs_is_refused(shell: Shell, erofs: Path, tmp_path: Path, left: int) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(erofs.read_bytes()[:left])
+    done = run(shell, source, "anchor_squashfs_run; echo $?; show")
+    assert done.stdout == "1\n", done.stderr
+    assert f"truncated: it has {left} of " in note(shell, "error")
+    assert "rithmetic" not in done.stderr
+
+
+@pytest.mark.parametrize("bits", [17, 64, 255])
+def test_an_absurd_block_size_of_an_erofs_does_not_mount(shell: Shell, erofs: Path, tmp_path: Path, bits: int) -> None:
+    source = tmp_path / "source"
+    content = bytearray(erofs.read_bytes())
+    content[1024 + 12] = bits
+    source.write_bytes(content)
+    done = run(shell, source, 'anchor_squashfs_run && anchor_squashfs_mount "$LOWER"; echo $?; show')
+    assert done.stdout == "1\n", done.stderr
+    assert "cannot mount the image" in note(shell, "error")
+    assert "rithmetic" not in done.stderr
+
+
+def test_mirrors_and_the_manifest_say_where_the_image_is(shell: Shell, image: Path) -> None:
+    run(shell, image, "anchor_squashfs_run", anchor_squashfs_mirrors="https://a/1,http://b/2")
+    assert (shell.root / "fetched").read_text().splitlines()[0] == f"{URL} https://a/1 http://b/2"
+    (shell.root / "fetched").unlink()
+    manifest = {"anchor_manifest_urls": "https://m/1 https://m/2", "anchor_manifest_sha256": "f" * 64}
+    run(shell, image, "anchor_squashfs_run", "", anchor_squashfs_url="", anchor_manifest_size="77", **manifest)
+    asked = (shell.root / "fetched").read_text().splitlines()
+    assert asked == ["https://m/1 https://m/2", str(shell.root / "run/anchor/image/image"), "f" * 64, "77"]
+
+
+def test_an_image_in_place_is_mounted_from_there(shell: Shell, image: Path) -> None:
+    script = """
+    anchor_squashfs_run && anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && cat "$LOWER/etc/motd" && show
+    """
+    done = run(shell, None, script, PLACED=str(image))
+    assert done.returncode == 0, done.stderr
+    motd, lower = done.stdout.splitlines()
+    assert (motd, lower.split()[2]) == ("from the image", "squashfs")
+    assert (shell.root / "placed").read_text().splitlines()[:2] == [URL, SHA256]
+    assert not (shell.root / "fetched").exists()
+
+
+def test_an_image_in_place_is_copied_where_only_signatures_count(shell: Shell, image: Path) -> None:
+    (shell.root / "etc/anchor").mkdir(parents=True)
+    (shell.root / "etc/anchor/manifest.pub").write_text("a key\n")
+    done = run(shell, image, "anchor_squashfs_run && show", PLACED=str(image))
+    assert done.returncode == 0, done.stderr
+    assert " tmpfs ro," in done.stdout
+    assert not (shell.root / "placed").exists()
+    assert (shell.root / "fetched").exists()
+
+
+def test_garbage_in_place_is_refused(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_bytes(b"<html>" * 999)
+    done = run(shell, None, "anchor_squashfs_run; echo $?; show", PLACED=str(tmp_path / "garbage"))
+    assert done.stdout == "1\n"
+    assert "HTML or XML page" in note(shell, "error")

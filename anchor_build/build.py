@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,9 @@ from typing import Any
 from anchor_build import __version__, dracut, readback
 from anchor_build.cpio import read_initramfs
 from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.files import beside, disk_errors, output_problems, work_directory
 from anchor_build.kernel import Kernel
+from anchor_build.manifest import PublicKey
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
 from anchor_build.run import run
@@ -24,7 +23,6 @@ from anchor_build.settings import Setting
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -37,6 +35,9 @@ class InitramfsBuild:
     output: Path
     ca: bytes
     settings: tuple[Setting, ...] = ()
+    manifest_keys: tuple[PublicKey, ...] = ()
+    # Seconds since the epoch: no older manifest is accepted.
+    manifest_since: int | None = None
     drivers: tuple[str, ...] = ()
     compress: str | None = None
     warnings: tuple[str, ...] = ()
@@ -49,12 +50,6 @@ class InitramfsBuild:
         return self.output.with_name(self.output.name + ".json")
 
 
-def cache_directory() -> Path:
-    """Return the directory for work and caches: $XDG_CACHE_HOME/anchor-build, which may vanish at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "anchor-build"
-
-
 def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
     """Build, verify and put in place; return the report.
 
@@ -64,7 +59,7 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
     installed = dracut.find_dracut()
     _check_host(build, installed)
     modules = render_plan(build.plan)
-    with _disk_errors(), _work_directory() as work, _beside(build.output) as partial:
+    with disk_errors(), work_directory() as work, beside(build.output) as partial:
         with step("render the stages"):
             site = _site_files(build)
             request = _prepare(build, installed, modules, site, work, partial)
@@ -79,7 +74,6 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
-    output = _output_problems(build)
     for stage in build.plan.all:
         for binary in stage.binaries:
             if not binary.optional and dracut.find_program(binary.name) is None:
@@ -97,27 +91,13 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
             problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
+    output = output_problems(build.output, build.report_file)
     if problems or output:
         # Of the output doctor knows nothing.
         hint = (
             "`anchor-build doctor` shows what this host lacks" if problems else "name another place with --output FILE"
         )
         raise AnchorError("\n".join(problems + output), hint)
-
-
-def _output_problems(build: InitramfsBuild) -> list[str]:
-    """Return why the output cannot be put where it shall go."""
-    problems = []
-    directory = build.output.parent
-    if not directory.is_dir():
-        problems.append(f"--output {build.output}: {directory} is not a directory")
-    elif not os.access(directory, os.W_OK):
-        problems.append(f"--output {build.output}: {directory} may not be written")
-    if build.output.exists() and not build.output.is_file():
-        problems.append(f"--output {build.output}: is there and not a plain file")
-    if build.report_file.exists() and not build.report_file.is_file():
-        problems.append(f"--output {build.output}: its report {build.report_file} is there and not a plain file")
-    return problems
 
 
 def build_time(build: InitramfsBuild) -> int:
@@ -163,6 +143,10 @@ def _site_files(build: InitramfsBuild) -> dict[str, bytes]:
     files = {"ca.pem": build.ca, "build-time": f"{build_time(build)}\n".encode()}
     if build.settings:
         files["params"] = "".join(f"{s.param.key}={s.value}\n" for s in build.settings).encode()
+    if build.manifest_keys:
+        files["manifest.pub"] = "".join(key.pem for key in build.manifest_keys).encode()
+    if build.manifest_since is not None:
+        files["manifest-since"] = f"{build.manifest_since}\n".encode()
     return files
 
 
@@ -245,6 +229,8 @@ def _verify(
         "kernel": build.kernel.release,
         "build_time": int(site["build-time"]),
         "stages": [stage.id for stage in build.plan.all],
+        "manifest_keys": [key.fingerprint for key in build.manifest_keys],
+        "manifest_since": build.manifest_since,
         "settings": {setting.param.key: setting.shown for setting in build.settings},
         "inputs": _inputs(build, modules),
         "uncompressed_bytes": contents.total,
@@ -279,52 +265,15 @@ def _warnings(build: InitramfsBuild) -> list[str]:
         found.append(
             f"holds secrets ({', '.join(secrets)}): whoever can fetch this initramfs can read them; its mode is 0600"
         )
+    if build.manifest_keys and build.manifest_since is None:
+        found.append("no --manifest-since: nodes accept every signed manifest until it expires, however old")
     return found
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn what a disk or its permissions refuse into a failure that a user can mend; other errors are bugs."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        what = f"{error.filename}: " if error.filename else ""
-        raise AnchorError(f"{what}{error.strerror}", _dracut_hint(str(error))) from None
-
-
-@contextmanager
-def _work_directory() -> Iterator[Path]:
-    cache = cache_directory().absolute()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
-    except OSError as error:
-        raise AnchorError(
-            f"{cache}: cannot be written: {error.strerror}",
-            "name another cache directory with XDG_CACHE_HOME",
-        ) from None
-    with work as name:
-        yield Path(name)
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """Yield a hidden name beside the output; what is left there on the way out is removed."""
-    handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any]) -> None:
     secret = any(setting.is_secret for setting in build.settings)
     partial.chmod(0o600 if secret else 0o644)
-    with _beside(build.report_file) as report_partial:
+    with beside(build.report_file) as report_partial:
         report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         report_partial.chmod(0o644)
         partial.replace(build.output)

@@ -12,6 +12,9 @@ from anchor_build.plan import Plan, chooses_absent
 from anchor_build.settings import Setting, unknown_parameter
 from anchor_build.stage import PREFIX, Param, Stage
 
+MANIFEST = f"{PREFIX}manifest"
+BESIDE_MANIFEST = f"is not for a boot with {MANIFEST}=, which says what to boot: give one of the two"
+
 
 @dataclass(frozen=True)
 class Given:
@@ -42,8 +45,11 @@ class _Check:
     chosen: dict[str, str] = field(default_factory=dict)
 
 
-def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> CheckResult:
-    """Find everything wrong with a kernel command line at once."""
+def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = (), *, signed: bool = False) -> CheckResult:
+    """Find everything wrong with a kernel command line at once.
+
+    `signed` says that the initramfs holds a manifest key.
+    """
     state = _Check(plan)
     for setting in baked:
         state.given[setting.param.key] = Given(setting.param.key, setting.value, baked=True)
@@ -58,7 +64,11 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = ()) -> 
         _take(state, word, spellings)
     for _, param in plan.params:
         _normalise(state, param)
+    manifest = state.values.get(MANIFEST, "")
     for kind in ("auth", "image"):
+        if kind == "image" and (manifest or signed):
+            _check_manifest(state, manifest, signed=signed)
+            continue
         stage = _choose(state, kind)
         if stage is not None:
             state.chosen[kind] = stage.name
@@ -130,12 +140,35 @@ def _require(state: _Check, stage: Stage) -> None:
         if param.required and not value and not _was_wrong(state, param):
             state.errors.append(f"{param.key}: is required by the stage {stage.name}")
         if param.source and value:
-            _check_source(state, stage, param, value)
+            for url in value.split(",") if param.type == "list" else [value]:
+                _check_source(state, stage, param, url)
+
+
+def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:
+    """Check what replaces an image's own URL: where the manifest is, and that nothing else says what to boot."""
+    if not manifest:
+        state.errors.append(f"{MANIFEST}: is required: this initramfs boots only what a signed manifest names")
+        return
+    for url in manifest.split(","):
+        scheme = url.partition("://")[0]
+        transport = state.plan.transport_for(scheme)
+        if transport is None:
+            state.errors.append(f"{MANIFEST}: no transport in this initramfs carries {scheme}://")
+        elif scheme in transport.digest_schemes and not signed:
+            state.errors.append(f"{MANIFEST}: {scheme}:// is not protected: use https://")
+    if not signed:
+        state.warnings.append(f"{MANIFEST}: only TLS vouches for it; a manifest key in the initramfs would too")
+    for stage in state.plan.of_kind("image"):
+        sources = [param for param in stage.params if param.source]
+        keys = {param.key for param in sources}
+        keys |= {p.key for p in stage.params if p.name in {param.digest for param in sources}}
+        state.errors += [f"{key}: {BESIDE_MANIFEST}" for key in sorted(keys) if state.values[key]]
 
 
 def _warn_of_unused(state: _Check) -> None:
     """Warn of parameters of a stage that the node will not choose: most often its required one is misspelt."""
     for stage in state.plan.stages:
+        # Where a manifest chooses the image stage, none is known here.
         if state.chosen.get(stage.kind, stage.name) == stage.name:
             continue
         for param in stage.params:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,11 @@ class Console:
         return self.verbosity >= 0 and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        """Show `title`, its elapsed time while it runs, and how it ended."""
+    def step(self, title: str, progress: Callable[[], str] | None = None) -> Iterator[None]:
+        """Show `title`, its elapsed time and `progress` while it runs, and how it ended."""
         started = time.monotonic()
         done = threading.Event()
-        ticker = threading.Thread(target=self._tick, args=(title, started, done), daemon=True)
+        ticker = threading.Thread(target=self._tick, args=(title, started, done, progress), daemon=True)
         if self.live:
             ticker.start()
         mark, colour = "failed", "red"
@@ -50,9 +50,10 @@ class Console:
                 start = ERASE_LINE if self.live else ""
                 self._say(f"{start}{self.paint(f'{mark:>6}', colour)}  {title}  {self.paint(elapsed, 'bright_black')}")
 
-    def _tick(self, title: str, started: float, done: threading.Event) -> None:
+    def _tick(self, title: str, started: float, done: threading.Event, progress: Callable[[], str] | None) -> None:
         while not done.wait(TICK_S):
-            click.echo(f"{ERASE_LINE}   ...  {title}  {time.monotonic() - started:.0f} s", nl=False, err=True)
+            far = f"  {progress()}" if progress else ""
+            click.echo(f"{ERASE_LINE}   ...  {title}  {time.monotonic() - started:.0f} s{far}", nl=False, err=True)
 
     def info(self, text: str) -> None:
         """Say something that only matters to a person watching."""

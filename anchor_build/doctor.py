@@ -130,7 +130,7 @@ def _root() -> Finding:
 
 
 def _work_space() -> Finding:
-    from anchor_build.build import cache_directory
+    from anchor_build.files import cache_directory
 
     cache = cache_directory()
     try:

@@ -350,8 +350,8 @@ def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
         source=table.flag("source"),
         digest=table.text("digest", PARAM_NAME) or None,
     )
-    if param.source and param.type != "url":
-        table.problem("source", "is for a parameter of type url")
+    if param.source and "url" not in (param.type, options.get("of")):
+        table.problem("source", "is for a parameter of type url, or a list of such")
     if param.required and param.default is not None:
         table.problem("default", "makes no sense for a required parameter")
     table.refuse_rest()

@@ -2,7 +2,7 @@
 # The boot itself: what dracut's hooks call, the order of the steps, and what a failure leads to.
 #
 #   cmdline hook     anchor_boot_cmdline   parameters are read and checked, root=anchor is accepted
-#   pre-mount hook   anchor_boot_main      network -> clock -> auth -> image -> mount -> overlay on $NEWROOT
+#   pre-mount hook   anchor_boot_main      network -> clock -> auth -> manifest -> image -> mount -> overlay on $NEWROOT
 #   cleanup hook     anchor_boot_handoff   boot.json goes over to the booted root, which adds when it was ready
 
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-report.sh"
@@ -119,12 +119,20 @@ anchor_boot_main() {
 # Loads the drivers that the last steps will need, while the first one waits for the network. Whoever needs one that is
 # not there when its turn comes asks for it once more.
 anchor_boot_preload() {
-    local drivers
+    local drivers stage
     anchor_core_anchor_drivers
     drivers=$anchor_drivers
-    "anchor_image_${anchor_image}_drivers"
+    for stage in $anchor_stages; do
+        # Which image stage it will be is known now, unless a manifest says so later.
+        case ${anchor_manifest:+manifest}:$stage in
+            manifest:image_* | :"image_$anchor_image")
+                "anchor_${stage}_drivers"
+                drivers="$drivers $anchor_drivers"
+                ;;
+        esac
+    done
     # shellcheck disable=SC2086 # names of drivers, one word each
-    modprobe -q -a $drivers $anchor_drivers </dev/null >/dev/null 2>&1 &
+    modprobe -q -a $drivers </dev/null >/dev/null 2>&1 &
 }
 
 # usage: anchor_boot_forget
@@ -141,11 +149,15 @@ anchor_boot_forget() {
 # usage: anchor_boot_steps
 # One try at all steps; each may be repeated.
 anchor_boot_steps() {
+    anchor_manifest_forget
     anchor_step network '' anchor_net_run || return 1
     anchor_boot_set node "$(anchor_net_hostname)"
     anchor_step clock '' anchor_clock_run || return 1
     anchor_post_start
     anchor_boot_auth_kept || anchor_step auth "auth/$anchor_auth" anchor_boot_auth || return 1
+    if [ -n "${anchor_manifest:-}" ]; then
+        anchor_step manifest '' anchor_boot_manifest && anchor_manifest_use || return 1
+    fi
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
     mkdir -p "$ANCHOR_RUN/lower" || return 1
     anchor_step mount "image/$anchor_image" "anchor_${anchor_image}_mount" "$ANCHOR_RUN/lower" || return 1
@@ -179,16 +191,29 @@ anchor_step() {
     return "$status"
 }
 
+# usage: anchor_boot_manifest
+# The manifest's step: like an image, it may come over any transport.
+anchor_boot_manifest() {
+    anchor_boot_transports && anchor_manifest_run
+}
+
+# usage: anchor_boot_transports
+# Sources the functions of every transport: a URL decides which one is needed.
+anchor_boot_transports() {
+    local file
+    for file in "$ANCHOR_STAGES"/transport/*/stage.sh; do
+        [ ! -f "$file" ] || . "$file" || return 1
+    done
+}
+
 # usage: anchor_boot_source KIND/NAME
 # Sources a stage's functions; NAME is as in function names, where _ may stand for a dash. An image stage gets those of
-# every transport too: its URL decides which one it needs.
+# every transport too.
 anchor_boot_source() {
-    local dir name file
-    for file in "$ANCHOR_STAGES"/transport/*/stage.sh; do
-        case $1 in
-            image/*) . "$file" || return 1 ;;
-        esac
-    done
+    local dir name
+    case $1 in
+        image/*) anchor_boot_transports || return 1 ;;
+    esac
     for dir in "$ANCHOR_STAGES/${1%/*}"/[0-9][0-9]-*/; do
         name=${dir%/}
         name=${name##*/[0-9][0-9]-}

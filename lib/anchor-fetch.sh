@@ -253,7 +253,8 @@ anchor_fetch__admissible() {
             "build it with a transport for them: anchor-build stages lists the transports and their schemes"
         return 1
     fi
-    if [ -z "$want" ] && [ "$anchor_transport_needs_digest" = 1 ]; then
+    # A manifest has its signature instead of a digest.
+    if [ -z "$want" ] && [ "$anchor_transport_needs_digest" = 1 ] && [ "${anchor_fetch_signed:-}" != 1 ]; then
         anchor_fail "refused to fetch $anchor_fetch_url without a digest: nothing protects ${url%%://*}://" \
             "add the image's SHA-256 digest (rd.anchor.<image>.sha256=) or use https://"
         return 1
@@ -508,6 +509,10 @@ anchor_fetch__budget() {
     # What an earlier attempt left is part of the file, and no longer part of what is free.
     anchor_fetch_size "$file"
     anchor_fetch_max=$((anchor_fetch_max + anchor_fetch_size))
+    if [ -n "${anchor_fetch_limit:-}" ] && [ "$anchor_fetch_limit" -lt "$anchor_fetch_max" ]; then
+        anchor_fetch_max=$anchor_fetch_limit
+        anchor_fetch_room="no manifest is larger"
+    fi
     if [ "$anchor_fetch_max" -le 0 ]; then
         anchor_fail "no room for $anchor_fetch_url: $anchor_fetch_room" \
             "give the node more memory, or lower rd.anchor.fetch.reserve"

@@ -38,9 +38,37 @@ anchor_params_parse() {
         "anchor_${stage}_check"
     done
     anchor_params_choose auth "${anchor_auth:-}" && anchor_auth=$anchor_chosen
-    anchor_params_choose image "${anchor_image:-}" && anchor_image=$anchor_chosen
+    anchor_params_image
     [ -z "$traced" ] || set -x
     [ "$anchor_params_bad" -eq 0 ]
+}
+
+# usage: anchor_params_signed
+# Whether this initramfs believes signed manifests only.
+anchor_params_signed() {
+    [ -e "${ANCHOR_ROOT:-}/etc/anchor/manifest.pub" ]
+}
+
+# usage: anchor_params_image
+# Chooses the image stage; or, where a manifest will choose it, sees to it that nothing else says what to boot.
+anchor_params_image() {
+    local stage digest=''
+    if [ -z "${anchor_manifest:-}" ]; then
+        if anchor_params_signed; then
+            anchor_param_bad rd.anchor.manifest "is required: this initramfs boots only what a signed manifest names"
+        else
+            anchor_params_choose image "${anchor_image:-}" && anchor_image=$anchor_chosen
+        fi
+        return
+    fi
+    # A signature protects the manifest as a digest would.
+    ! anchor_params_signed || digest=signed
+    anchor_param_list anchor_param_url rd.anchor.manifest "$anchor_manifest" "$digest" ''
+    for stage in $anchor_stages; do
+        case $stage in
+            image_*) "anchor_${stage}_sources" ;;
+        esac
+    done
 }
 
 # usage: anchor_params_word NAME VALUE HAS_VALUE
@@ -83,8 +111,42 @@ anchor_param_private() {
 }
 
 # usage: anchor_param_source NAME URL DIGEST DIGEST_NAME; the last two are empty for a stage without a digest
-# Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest.
+# Reports a URL that this initramfs cannot fetch from, or anything at all beside a manifest.
 anchor_param_source() {
+    local reason='is not for a boot with rd.anchor.manifest=, which says what to boot: give one of the two'
+    if [ -z "${anchor_manifest:-}" ]; then
+        anchor_param_url "$@"
+    elif [ -n "$2" ]; then
+        anchor_param_bad "$1" "$reason"
+    elif [ -n "$3" ]; then
+        case $anchor_params_error in
+            *"$4 $reason"*) ;;
+            *) anchor_param_bad "$4" "$reason" ;;
+        esac
+    fi
+}
+
+# usage: anchor_param_sources NAME URLS DIGEST DIGEST_NAME
+# The same for each URL of a comma list.
+anchor_param_sources() {
+    anchor_param_list anchor_param_source "$@"
+}
+
+# usage: anchor_param_list FUNCTION NAME URLS DIGEST DIGEST_NAME
+# Calls FUNCTION for each URL of a comma list, which may be empty.
+anchor_param_list() {
+    local check="$1" name="$2" rest="$3" first
+    while :; do
+        first=${rest%%,*}
+        "$check" "$name" "$first" "$4" "$5"
+        [ "$first" != "$rest" ] || return 0
+        rest=${rest#*,}
+    done
+}
+
+# usage: anchor_param_url NAME URL DIGEST DIGEST_NAME
+# Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest.
+anchor_param_url() {
     [ -n "$2" ] || return 0
     if ! anchor_stage_for_scheme "${2%%://*}"; then
         anchor_param_bad "$1" "no transport in this initramfs carries ${2%%://*}://"

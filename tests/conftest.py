@@ -19,7 +19,7 @@ SITE_PACKAGE = TOP / "tests" / "fixtures" / "site_package"
 SITE_STAGES = SITE_PACKAGE / "site_stages"
 
 # Parameters of Anchor 0.1.5 that chose a way to authenticate or fetch.
-OLDER_CHOICES = ("dropbear_auth_key", "nfs_mount", "buildah_registry", "squashfs_rsync", "squashfs_mount_only")
+OLDER_CHOICES = ("dropbear_auth_key", "nfs_mount", "buildah_registry", "squashfs_rsync")
 
 WriteStage = Callable[..., Path]
 LayOut = Callable[[Plan, Path], None]

@@ -14,6 +14,7 @@ from anchor_build.options import Choice, json_option, stage_options
 @click.argument("cmdline", nargs=-1, required=True)
 @stage_options
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A default that is baked in.")
+@click.option("--signed", is_flag=True, help="The initramfs holds a manifest key (--manifest-key).")
 @json_option
 @click.pass_obj
 def command(
@@ -21,6 +22,7 @@ def command(
     cmdline: tuple[str, ...],
     choice: Choice,
     settings: tuple[str, ...],
+    signed: bool,
     as_json: bool,
 ) -> None:
     """Check CMDLINE as a node would, and say everything that is wrong with it at once.
@@ -42,7 +44,7 @@ def command(
         cmdline = (sys.stdin.buffer.read().decode("utf-8", "surrogateescape").rstrip("\n"),)
     line = " ".join(cmdline)
     keys = {param.key: param for _, param in plan.params}
-    result = check_command_line(plan, line, read_settings(plan, settings))
+    result = check_command_line(plan, line, read_settings(plan, settings), signed=signed)
     if as_json:
         console.json(
             {

@@ -20,6 +20,19 @@ from anchor_build.options import Choice, json_option, stage_options
 )
 @click.option("--ca", type=click.Path(path_type=Path), metavar="FILE", help="The CA bundle (PEM) that nodes trust.")
 @click.option(
+    "--manifest-key",
+    "manifest_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A public key (PEM). Nodes then boot only what a manifest says that its private key signed. May be repeated.",
+)
+@click.option(
+    "--manifest-since",
+    metavar="TIME|FILE",
+    help="Nodes refuse manifests made before: a date (ISO 8601), seconds since the epoch, or a manifest of that time.",
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -52,6 +65,8 @@ def command(
     kernel: str | None,
     modules: Path | None,
     ca: Path | None,
+    manifest_keys: tuple[Path, ...],
+    manifest_since: str | None,
     settings: tuple[str, ...],
     add_drivers: tuple[str, ...],
     compress: str | None,
@@ -67,11 +82,16 @@ def command(
     Examples:
       anchor-build initramfs --auth acme --image squashfs --ca site-ca.pem
       anchor-build initramfs --image squashfs --set rd.anchor.squashfs.url=https://store/image.squashfs
+      anchor-build initramfs --image squashfs --manifest-key manifest.pub --manifest-since node.squashfs.manifest
       anchor-build initramfs --auth acme --image squashfs --add-drivers "mlx5_core ice" -o node.img
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.kernel import find_kernel
+    from anchor_build.manifest import read_public_keys, read_since
     from anchor_build.settings import read_ca, read_settings
+
+    if manifest_since and not manifest_keys:
+        raise click.UsageError("--manifest-since needs --manifest-key: without a key anybody can date a manifest.")
 
     plan = choice.plan()
     found = find_kernel(kernel, modules)
@@ -82,6 +102,8 @@ def command(
         output=output or Path(f"initramfs-{found.release}.img"),
         ca=bundle,
         settings=read_settings(plan, settings),
+        manifest_keys=read_public_keys(manifest_keys),
+        manifest_since=read_since(manifest_since) if manifest_since else None,
         drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
         compress=compress,
         warnings=(warning,) if warning else (),

@@ -26,7 +26,7 @@ install_core() {
 install_site() {
     local etc="${ANCHOR_ETC:-${dracutsysrootdir-}/etc/anchor}" name
     mkdir -p "$initdir/etc/anchor"
-    for name in ca.pem params build-time; do
+    for name in ca.pem params build-time manifest.pub manifest-since; do
         [[ ! -e $etc/$name ]] || inst_simple "$etc/$name" "/etc/anchor/$name" || exit 1
     done
     [[ -e $initdir/etc/anchor/build-time ]] ||

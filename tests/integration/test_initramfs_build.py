@@ -402,6 +402,16 @@ def test_a_ca_with_a_private_key_is_refused(bench: Bench, site_ca: Path) -> None
     bench.check_untouched()
 
 
+def test_manifest_keys_are_looked_at_before_anything_is_built(bench: Bench, tmp_path: Path) -> None:
+    for words, status, told in (
+        (("--manifest-since", "2026-01-01"), 2, "--manifest-since needs --manifest-key"),
+        (("--manifest-key", tmp_path / "away"), 1, "No such file"),
+    ):
+        done = bench.run(*words)
+        assert (done.status, told in done.err) == (status, True), done.err
+        bench.check_untouched()
+
+
 def test_an_output_that_is_no_plain_file_is_left_alone(bench: Bench) -> None:
     fifo = bench.top / "fifo"
     os.mkfifo(fifo)

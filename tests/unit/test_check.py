@@ -25,6 +25,27 @@ def test_a_right_line(plan: Plan) -> None:
     assert result.values["rd.anchor.acme.server"] == "https://ca.example"
 
 
+MANIFEST = "root=anchor acme_server=ca.example rd.anchor.manifest="
+
+
+def test_a_manifest_takes_the_place_of_url_and_digest(plan: Plan) -> None:
+    result = check_command_line(plan, f"{MANIFEST}https://a/m,store.example/m", signed=True)
+    assert (result.errors, result.warnings) == ((), ())
+    assert result.values["rd.anchor.manifest"] == "https://a/m,https://store.example/m"
+    assert check_command_line(plan, f"{MANIFEST}http://a/m", signed=True).errors == ()
+    unsigned = check_command_line(plan, f"{MANIFEST}https://a/m,http://a/m")
+    assert unsigned.errors == ("rd.anchor.manifest: http:// is not protected: use https://",)
+    assert "only TLS vouches for it" in unsigned.warnings[0]
+    both = check_command_line(plan, f"{GOOD} rd.anchor.manifest=https://a/m", signed=True)
+    assert [error.partition(":")[0] for error in both.errors] == ["rd.anchor.squashfs.sha256", "rd.anchor.squashfs.url"]
+    assert check_command_line(plan, f"{MANIFEST}gopher://a/m").errors[0].endswith("carries gopher://")
+
+
+def test_with_a_key_a_manifest_is_required(plan: Plan) -> None:
+    (error,) = check_command_line(plan, GOOD, signed=True).errors
+    assert error.startswith("rd.anchor.manifest: is required")
+
+
 @pytest.mark.parametrize("line", ["", "root=/dev/sda1", f"{GOOD} root=live:x", "root"])
 def test_a_line_for_another_root(plan: Plan, line: str) -> None:
     assert check_command_line(plan, line).errors[0].startswith("root=anchor: is missing")

@@ -17,6 +17,8 @@ from anchor_build.errors import AnchorError
 # name -> the line that `anchor-build --help` shows; the command itself is anchor_build.commands.<name>.command.
 COMMANDS = {
     "initramfs": "Build an initramfs that boots a diskless node.",
+    "image": "Make an image and its signed manifest.",
+    "publish": "Put an image and its manifest where nodes fetch them.",
     "render": "Write the dracut modules of a plan into a directory.",
     "rpm": "Package the dracut modules as RPMs.",
     "stages": "List the stages that can be used.",

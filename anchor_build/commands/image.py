@@ -1,0 +1,116 @@
+"""`anchor-build image`: the image that nodes boot, and its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from anchor_build.console import Console
+from anchor_build.options import json_option
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(short_help="Make an image and its signed manifest.")
+@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Where to write. Default: SOURCE.squashfs or .erofs.")
+@click.option(
+    "--format", "format_", type=click.Choice(["squashfs", "erofs"]), help="Default: by --output, or squashfs."
+)
+@click.option("--compression", default="", metavar="NAME[:LEVEL]", help="Default: zstd:6 (squashfs), lz4hc (erofs).")
+@click.option("--distribution", metavar="NAME:VERSION", help="Install a distribution instead: debian:bookworm.")
+@click.option("--package", "packages", multiple=True, metavar="NAME", help="A package of it. May be repeated.")
+@click.option("--mirror", "mirrors", multiple=True, metavar="URL", help="Where its packages are. May be repeated.")
+@click.option("--mirror-key", type=FILE, metavar="FILE", help="The public keys that sign these packages.")
+@click.option(
+    "--url",
+    "urls",
+    multiple=True,
+    help="Where nodes find the image; one that ends in / is a directory that it is published in. May be repeated.",
+)
+@click.option("--peer", "peers", multiple=True, metavar="URL", help="Likewise, on another node. May be repeated.")
+@click.option("--valid-for", metavar="TIME", help="How long nodes may use the manifest, such as 30d.")
+@click.option(
+    "--sign-key", default="", metavar="FILE|URI", help="A private key (PEM), or a PKCS#11 URI, that signs it."
+)
+@click.option("--sign-pass-file", type=FILE, metavar="FILE", help="The key's passphrase or PIN. Default: openssl asks.")
+@json_option
+@click.pass_obj
+def command(
+    console: Console,
+    source: Path | None,
+    output: Path | None,
+    format_: str | None,
+    compression: str,
+    distribution: str | None,
+    packages: tuple[str, ...],
+    mirrors: tuple[str, ...],
+    mirror_key: Path | None,
+    urls: tuple[str, ...],
+    peers: tuple[str, ...],
+    valid_for: str | None,
+    sign_key: str,
+    sign_pass_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Make a squashfs or erofs image from SOURCE, a directory or a tar, or from a distribution.
+
+    Beside it go its manifest (FILE.manifest), which nodes read, and a JSON report (FILE.json). The same input gives
+    the same image. Where SOURCE is an image already, it gets a new manifest: a later end, another key, other URLs.
+
+    \b
+    Examples:
+      anchor-build image rootfs.tar.zst -o node.squashfs --sign-key manifest.key --valid-for 30d
+      anchor-build image --distribution debian:bookworm --package systemd-sysv,linux-image-cloud-amd64 -o node.erofs
+      anchor-build image node.squashfs --sign-key manifest.key --valid-for 30d
+    """  # noqa: D301
+    from anchor_build.distribution import Distribution, known_sources
+    from anchor_build.image import ImageBuild, build_image, image_format
+    from anchor_build.paramtypes import InvalidValueError, check_value
+
+    if (source is None) == (distribution is None):
+        raise click.UsageError("Give either SOURCE or --distribution.")
+    if source is not None and (packages or mirrors or mirror_key):
+        raise click.UsageError("--package, --mirror and --mirror-key belong to --distribution.")
+    if sign_pass_file is not None and not sign_key:
+        raise click.UsageError("--sign-pass-file belongs to --sign-key.")
+    seconds = None
+    try:
+        for url in (*urls, *peers):
+            check_value("url", url, {})
+        if valid_for is not None:
+            url = valid_for
+            seconds = int(check_value("duration", valid_for, {"min": 60}))
+    except InvalidValueError as error:
+        raise click.UsageError(f"{url}: {error}.") from None
+    ready = image_format(source) if source is not None and source.is_file() else ""
+    if ready and output is None:
+        output = source
+    kind = format_ or ready or ("erofs" if output and output.suffix in (".erofs", ".ero") else "squashfs")
+    if output is None:
+        output = Path(f"{(source or Path(str(distribution).replace(':', '-'))).name.split('.tar')[0]}.{kind}")
+    build = ImageBuild(
+        output=output,
+        source=source,
+        distribution=Distribution(distribution, packages, known_sources(mirrors), mirror_key) if distribution else None,
+        format=kind,
+        compression=compression,
+        urls=urls,
+        peers=peers,
+        valid_for=seconds,
+        sign_key=sign_key,
+        sign_pass_file=sign_pass_file,
+    )
+    if build.distribution is not None:
+        _ = build.distribution.release
+    report = build_image(build, console.step)
+    for text in report["warnings"]:
+        console.warn(text)
+    if as_json:
+        console.json(report)
+        return
+    click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB {report['format']}, sha256 {report['sha256']}")
+    console.info(
+        f"manifest: {build.manifest_file}{' (signed)' if report['signed'] else ''}; report: {build.report_file}"
+    )

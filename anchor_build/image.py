@@ -1,0 +1,396 @@
+"""Makes the image that nodes boot: source -> tree -> squashfs or erofs -> manifest, with a report beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from anchor_build import __version__
+from anchor_build.distribution import Distribution, build_tree
+from anchor_build.errors import AnchorError, UsageError
+from anchor_build.files import beside, disk_errors, output_problems, work_directory
+from anchor_build.manifest import SUFFIX, Manifest, manifest_text, read_manifest, sign_text
+from anchor_build.run import run, which
+from anchor_build.version import source_date_epoch
+
+# What the kernel or systemd mounts something on: the directories belong to an image, what is in them does not.
+PSEUDO = {"dev": 0o755, "proc": 0o555, "run": 0o755, "sys": 0o555}
+# format -> its program, the packages of it, and the default compression: fast to make and to read.
+FORMATS = {
+    "squashfs": ("mksquashfs", "squashfs-tools (deb and rpm)", "zstd:6"),
+    "erofs": ("mkfs.erofs", "erofs-utils (deb and rpm)", "lz4hc"),
+}
+SQUASHFS_COMPRESSIONS = ("zstd", "gzip", "lz4", "xz", "lzo")
+EROFS_COMPRESSIONS = ("lz4hc", "lz4", "lzma", "none")
+# The image stage of dracut-modules that boots both.
+STAGE = "squashfs"
+# First bytes of a tar's compression, and the program that undoes it.
+COMPRESSED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+)
+TAR_MAGIC = (257, b"ustar")
+SQUASHFS_MAGIC = (0, b"hsqs")
+EROFS_MAGIC = (1024, b"\xe2\xe1\xf5\xe0")
+NO_UUID = "00000000-0000-0000-0000-000000000000"
+PACK_TIMEOUT = 4 * 3600.0
+
+
+class Step(Protocol):
+    """Shows that something is being done, and how far it is."""
+
+    def __call__(self, title: str, progress: Callable[[], str] | None = None) -> AbstractContextManager[None]:
+        """Enter the step called `title`."""
+
+
+@dataclass(frozen=True)
+class ImageBuild:
+    """Everything that decides an image and its manifest. Either `source` or `distribution` is given.
+
+    `valid_for` is in seconds; `urls` end in a slash for a directory that will hold the image under its published name.
+    """
+
+    output: Path
+    source: Path | None = None
+    distribution: Distribution | None = None
+    format: str = "squashfs"
+    compression: str = ""
+    urls: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    valid_for: int | None = None
+    sign_key: str = ""
+    sign_pass_file: Path | None = None
+
+    @property
+    def manifest_file(self) -> Path:
+        """Where the manifest goes: beside the image."""
+        return self.output.with_name(self.output.name + SUFFIX)
+
+    @property
+    def report_file(self) -> Path:
+        """Where the JSON report goes: beside the image."""
+        return self.output.with_name(self.output.name + ".json")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a tree holds outside of pseudo file systems: `unpacked` bytes of files, the newest time (seconds)."""
+
+    entries: int
+    unpacked: int
+    newest: int
+    kernels: tuple[str, ...]
+
+
+def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
+    """Make the image, its manifest and its report; return the report.
+
+    All three appear whole or not at all, the image first. An image that is there already is only given a new manifest.
+    Raises AnchorError for whatever is missing or fails, UsageError for what cannot be an image's source.
+    """
+    kind = _source_kind(build)
+    _check_host(build, kind)
+    with disk_errors(), work_directory() as work, beside(build.output) as partial, ExitStack() as stack:
+        facts: dict[str, Any] = {"source": kind}
+        if kind == "image":
+            facts |= _take_over(build.source or build.output, partial)
+        else:
+            tree, more = _tree(build, kind, work, step)
+            contents = examine(tree)
+            facts |= more | _pack(build, tree, contents, partial, work, step, owned=kind != "directory")
+        with step("take the digest"), partial.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = partial.stat().st_size
+        manifest = _manifest(build, facts, sha256, size)
+        text = manifest_text(manifest)
+        if build.sign_key:
+            with step("sign the manifest"):
+                text = sign_text(text, build.sign_key, build.sign_pass_file)
+        report = _report(build, facts, manifest)
+        manifest_partial = stack.enter_context(beside(build.manifest_file))
+        report_partial = stack.enter_context(beside(build.report_file))
+        manifest_partial.write_text(text, encoding="ascii")
+        report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for path, target in (
+            (partial, build.output),
+            (manifest_partial, build.manifest_file),
+            (report_partial, build.report_file),
+        ):
+            path.chmod(0o644)
+            path.replace(target)
+    return report
+
+
+def _source_kind(build: ImageBuild) -> str:
+    if build.distribution is not None:
+        return "distribution"
+    if build.source is None or not build.source.exists():
+        raise UsageError(f"{build.source}: there is no such file or directory")
+    if build.source.is_dir():
+        return "directory"
+    if image_format(build.source):
+        return "image"
+    head = _head(build.source)
+    if head[TAR_MAGIC[0] :].startswith(TAR_MAGIC[1]) or any(head.startswith(magic) for magic, _ in COMPRESSED):
+        return "tar"
+    raise UsageError(
+        f"{build.source}: is neither a directory, nor a tar archive, nor an image",
+        "a tar may be compressed with gzip, bzip2, xz, zstd or lz4",
+    )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2048)
+
+
+def image_format(path: Path) -> str:
+    """Return `squashfs`, `erofs`, or nothing, by the file's magic number."""
+    head = _head(path)
+    for name, (offset, magic) in (("squashfs", SQUASHFS_MAGIC), ("erofs", EROFS_MAGIC)):
+        if head[offset:].startswith(magic):
+            return name
+    return ""
+
+
+def _check_host(build: ImageBuild, kind: str) -> None:
+    problems = output_problems(build.output, build.manifest_file, build.report_file)
+    if kind != "image":
+        program, packages, _ = FORMATS[build.format]
+        if which(program) is None:
+            problems.append(f"{program} is missing: install {packages}")
+        if os.geteuid() != 0:
+            problems.append("only root can keep owners, capabilities and device files: run it as root")
+        _compression(build)
+    if build.source and kind == "directory" and build.output.resolve().is_relative_to(build.source.resolve()):
+        problems.append(f"--output {build.output}: lies inside {build.source}")
+    if build.sign_key and which("openssl") is None:
+        problems.append("openssl is missing: install openssl (deb and rpm)")
+    if problems:
+        raise AnchorError("\n".join(problems))
+
+
+def _compression(build: ImageBuild) -> tuple[str, str]:
+    """Return the compression's name and its level, which may be empty; raises UsageError for an unknown one."""
+    name, _, level = (build.compression or FORMATS[build.format][2]).partition(":")
+    known = SQUASHFS_COMPRESSIONS if build.format == "squashfs" else EROFS_COMPRESSIONS
+    if name not in known or not (level == "" or level.isdigit()):
+        raise UsageError(
+            f"--compression {build.compression}: {build.format} has {', '.join(known)}, with a level after a colon"
+        )
+    return name, level
+
+
+def _tree(build: ImageBuild, kind: str, work: Path, step: Step) -> tuple[Path, dict[str, Any]]:
+    """Return the directory to pack, and what the report says about where it came from."""
+    source = build.source or Path()  # a distribution has none
+    if kind == "directory":
+        return source, {}
+    tree = work / "tree"
+    tree.mkdir(mode=0o755)
+    if build.distribution is not None:
+        with step(f"build a tree of {build.distribution.name}"):
+            return build_tree(build.distribution, tree, work, unpack), {"distribution": build.distribution.name}
+    with step(f"unpack {source.name}"):
+        unpack(source, tree)
+    with source.open("rb") as file:
+        return tree, {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def unpack(archive: Path, tree: Path) -> None:
+    """Unpack a tar, compressed or not, as it is: owners by number, xattrs, capabilities, ACLs.
+
+    Raises AnchorError when a program is missing or the archive is damaged.
+    """
+    head = _head(archive)
+    program = next((name for magic, name in COMPRESSED if head.startswith(magic)), "")
+    argv = ["tar", "--extract", "--file", str(archive), "--directory", str(tree), "--numeric-owner", "--same-owner"]
+    argv += ["--preserve-permissions", "--xattrs", "--xattrs-include=*", "--delay-directory-restore"]
+    # What is not packed need not be unpacked: devices and sockets of a pseudo file system.
+    argv += ["--anchored", *(f"--exclude={prefix}{name}/*" for name in PSEUDO for prefix in ("", "./"))]
+    if program:
+        argv.append(f"--use-compress-program={program}")
+    run(argv, timeout=PACK_TIMEOUT, hint=f"is {archive} whole?")
+
+
+def _walk(tree: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield each path below a tree but those of pseudo file systems, in order, relative to it."""
+    yield "", tree.lstat()
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        for entry in sorted(os.scandir(tree / directory), key=lambda e: e.name):
+            path = f"{directory}/{entry.name}" if directory else entry.name
+            yield path, entry.stat(follow_symlinks=False)
+            if entry.is_dir(follow_symlinks=False) and path not in PSEUDO:
+                pending.append(path)
+
+
+def examine(tree: Path) -> Contents:
+    """Look at everything that will be packed."""
+    entries = unpacked = newest = 0
+    linked = set()
+    for _, facts in _walk(tree):
+        entries += 1
+        newest = max(newest, int(facts.st_mtime))
+        if not stat.S_ISREG(facts.st_mode) or (facts.st_dev, facts.st_ino) in linked:
+            continue
+        if facts.st_nlink > 1:
+            linked.add((facts.st_dev, facts.st_ino))
+        unpacked += facts.st_size
+    found = {path.parent.name for top in ("lib", "usr/lib") for path in tree.glob(f"{top}/modules/*/modules.dep")}
+    return Contents(entries, unpacked, newest, tuple(sorted(found)))
+
+
+def _pack(
+    build: ImageBuild, tree: Path, contents: Contents, output: Path, work: Path, step: Step, *, owned: bool
+) -> dict[str, Any]:
+    """Write the file system; `owned` says that the tree is ours to change. Return facts for manifest and report."""
+    lacking = {name: mode for name, mode in PSEUDO.items() if not (tree / name).is_dir()}
+    if owned:
+        for name, mode in lacking.items():
+            (tree / name).mkdir(mode=mode)
+        lacking = {}
+    if lacking and build.format == "erofs":
+        raise AnchorError(
+            f"{build.source}: has no directory {', '.join(f'/{name}' for name in lacking)}, which a root needs",
+            "make it (mkfs.erofs cannot add one), or use --format squashfs",
+        )
+    when = _epoch(contents)
+    if owned and tree.stat().st_mtime > when:
+        os.utime(tree, (when, when))
+    argv = pack_arguments(build, tree, output, lacking)
+    log = work / "pack.log"
+    # A file that is there would be added to (mksquashfs).
+    output.unlink()
+    title = f"pack {contents.entries} entries, {contents.unpacked / 1e6:.0f} MB, as {build.format}"
+    with step(title, lambda: _progress(log)):
+        # Both programs give files that are newer than SOURCE_DATE_EPOCH that time.
+        run(argv, env={"SOURCE_DATE_EPOCH": str(when)}, log=log, timeout=PACK_TIMEOUT)
+    return {
+        "format": build.format,
+        "compression": ":".join(filter(None, _compression(build))),
+        "entries": contents.entries,
+        "unpacked": contents.unpacked,
+        "kernels": contents.kernels,
+        "source_date_epoch": when,
+    }
+
+
+def _epoch(contents: Contents) -> int:
+    """Return the time that no file in the image is newer than: SOURCE_DATE_EPOCH, else that of the newest file.
+
+    A clock reading would make two images of the same input differ.
+    """
+    given = source_date_epoch()
+    return contents.newest if given is None else given
+
+
+def pack_arguments(build: ImageBuild, tree: Path, output: Path, lacking: Mapping[str, int]) -> list[str]:
+    """Return the command that packs a tree: all processors, xattrs kept, nothing from pseudo file systems.
+
+    `lacking` are directories to add, with their modes.
+    """
+    name, level = _compression(build)
+    if build.format == "erofs":
+        # One processor: mkfs.erofs has no threads before 1.8.
+        argv = ["mkfs.erofs", "-U", NO_UUID, *(f"--exclude-regex=^{directory}/" for directory in PSEUDO)]
+        argv += [] if name == "none" else [f"-z{name}{',' if level else ''}{level}"]
+        return [*argv, str(output), str(tree)]
+    argv = ["mksquashfs", str(tree), str(output), "-noappend", "-xattrs", "-progress", "-comp", name]
+    argv += ["-Xcompression-level", level] if level else []
+    for directory, mode in lacking.items():
+        argv += ["-p", f"{directory} d {mode:o} 0 0"]
+    # A star does not stand for the dot of a hidden file.
+    patterns = [f"{directory}/{pattern}" for directory in PSEUDO for pattern in ("*", ".*")]
+    return [*argv, "-wildcards", "-e", *patterns]
+
+
+def _progress(log: Path) -> str:
+    """Return the last percentage in a log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 300))
+            found = re.findall(rb"(\d+)%", file.read())
+    except OSError:
+        return ""
+    return f"{found[-1].decode()} %" if found else ""
+
+
+def _take_over(source: Path, partial: Path) -> dict[str, Any]:
+    """Copy an image that is there already; what the manifest beside it says of its contents still holds."""
+    shutil.copyfile(source, partial)
+    old_file = source.with_name(source.name + SUFFIX)
+    facts: dict[str, Any] = {"format": image_format(source)}
+    if old_file.is_file():
+        old, _ = read_manifest(old_file)
+        with source.open("rb") as file:
+            if old.sha256 == hashlib.file_digest(file, "sha256").hexdigest():
+                return facts | {"unpacked": old.unpacked, "kernels": old.kernels}
+    return facts
+
+
+def published_name(output: Path, sha256: str) -> str:
+    """Return the name under which an image is published: its own, with the digest's start in it."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", output.stem).lstrip("._-")[:32] or "image"
+    suffix = re.sub(r"[^A-Za-z0-9.]", "", output.suffix)[:12]
+    return f"{stem}-{sha256[:12]}{suffix}"
+
+
+def _manifest(build: ImageBuild, facts: Mapping[str, Any], sha256: str, size: int) -> Manifest:
+    now = int(time.time())
+    name = published_name(build.output, sha256)
+    return Manifest(
+        image=STAGE,
+        format=facts["format"],
+        file=name,
+        sha256=sha256,
+        size=size,
+        unpacked=facts.get("unpacked"),
+        created=now,
+        expires=now + build.valid_for if build.valid_for is not None else None,
+        kernels=tuple(facts.get("kernels", ())),
+        mirrors=_places(build.urls, name),
+        peers=_places(build.peers, name),
+    )
+
+
+def _places(urls: Sequence[str], name: str) -> tuple[str, ...]:
+    return tuple(f"{url}{name}" if url.endswith("/") else url for url in urls)
+
+
+def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    warnings = []
+    if not build.sign_key:
+        warnings.append("the manifest is not signed (--sign-key): only the server vouches for it")
+    elif build.valid_for is None:
+        warnings.append("the manifest does not expire (--valid-for): whoever keeps it can serve it for ever")
+    if not manifest.kernels:
+        warnings.append("the image holds no kernel modules")
+    return {
+        "file": build.output.name,
+        "manifest": build.manifest_file.name,
+        "published_name": manifest.file,
+        "sha256": manifest.sha256,
+        "bytes": manifest.size,
+        "created": manifest.created,
+        "expires": manifest.expires,
+        "signed": bool(build.sign_key),
+        "urls": [*manifest.mirrors, *manifest.peers],
+        "anchor_build": __version__,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()},
+        "warnings": warnings,
+    }

@@ -1,0 +1,201 @@
+"""`anchor-build publish`: into a directory, and into an S3 service that checks signatures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from anchor_build.manifest import Manifest, manifest_text, sign_text
+from anchor_build.publish import S3_MAX_BYTES, file_digest
+from contrib.site import pki, servers
+from tests.integration.test_manifest_signing import make_key
+
+# Credentials that no service knows.
+ANY = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+
+
+def run(*arguments: str | Path, **env: str) -> CompletedProcess[str]:
+    """Run the command; no credentials but those in `env`."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    argv = [sys.executable, "-m", "anchor_build", "publish", *map(str, arguments)]
+    return subprocess.run(
+        argv, env={**clean, "HOME": "/nonexistent", **env}, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+class Pair:
+    """An image (random bytes) with a signed manifest."""
+
+    def __init__(self, top: Path) -> None:
+        self.key, self.public = make_key(top, "site")
+        self.image = top / "node.squashfs"
+        self.manifest = top / "node.squashfs.manifest"
+        self.renew(os.urandom(300_000))
+
+    def renew(self, data: bytes, expires: int = 4_000_000_000) -> None:
+        """Make the image anew, and its manifest."""
+        self.image.write_bytes(data)
+        sha256 = file_digest(self.image)
+        self.name = f"node-{sha256[:12]}.squashfs"
+        manifest = Manifest(
+            image="squashfs", sha256=sha256, file=self.name, size=len(data), created=1_700_000_000, expires=expires
+        )
+        self.manifest.write_text(sign_text(manifest_text(manifest), self.key))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    (tmp_path / "made").mkdir()
+    return Pair(tmp_path / "made")
+
+
+def test_a_directory_gets_image_and_manifest_once(pair: Pair, tmp_path: Path) -> None:
+    target = tmp_path / "www"
+    target.mkdir()
+    arguments = (pair.image, "--to", target, "--manifest-key", pair.public, "--json")
+    for result in ("published", "was there"):
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert [file["result"] for file in report["files"]] == [result, result]
+        assert [file["name"] for file in report["files"]] == [pair.name, "node.squashfs.manifest"]
+        assert len(report["signed_by"]) == 64
+    assert sorted(path.name for path in target.iterdir()) == [pair.name, "node.squashfs.manifest"]
+    assert (target / pair.name).read_bytes() == pair.image.read_bytes()
+    assert (target / pair.name).stat().st_mode & 0o777 == 0o644
+    first = pair.name
+    pair.renew(os.urandom(1000))
+    assert run(*arguments).returncode == 0
+    assert (target / first).exists(), "a node with the old manifest still finds its image"
+    assert (target / "node.squashfs.manifest").read_bytes() == pair.manifest.read_bytes()
+
+
+def test_a_damaged_copy_is_replaced(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / pair.name).write_bytes(b"half")
+    done = run(pair.image, "--to", tmp_path, "--manifest-key", pair.public)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / pair.name).read_bytes() == pair.image.read_bytes()
+
+
+def test_nothing_is_published_that_a_node_would_refuse(pair: Pair, tmp_path: Path) -> None:
+    target = tmp_path / "www"
+    target.mkdir()
+    good = pair.image.read_bytes()
+
+    def refused(*words: str, keys: tuple[str | Path, ...] = ("--manifest-key", pair.public)) -> None:
+        done = run(pair.image, "--to", target, *keys)
+        assert done.returncode == 1, done.stdout
+        for word in words:
+            assert word in done.stderr
+        assert list(target.iterdir()) == []
+
+    pair.image.write_bytes(good[:-1])
+    refused("is not the image of", "expected")
+    pair.renew(good)
+    refused("is signed, and no key is given", "--manifest-key", keys=())
+    refused("none of the given keys signed", keys=("--manifest-key", make_key(tmp_path, "other")[1]))
+    pair.manifest.write_text(pair.manifest.read_text().replace("created 17", "created 18"))
+    refused("none of the given keys signed")
+    pair.renew(good, expires=1700000001)
+    refused("has expired", "--valid-for")
+    pair.manifest.unlink()
+    refused("node.squashfs.manifest: No such file")
+    done = run(pair.image, "--to", tmp_path / "away")
+    assert done.returncode == 1
+    assert "is not a directory" in done.stderr
+    assert run(pair.image, "--to", "https://x/").returncode == 2
+    assert run(pair.image, "--to", "s3://Bad_Bucket/x").returncode == 2
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3]:
+    if not Path("/usr/lib/python3/dist-packages/swift").is_dir():
+        pytest.skip("needs OpenStack Swift, Debian's python3-swift; other distributions have none")
+    directory = tmp_path_factory.mktemp("s3")
+    authority = pki.make_authority(directory / "ca")
+    leaf = pki.issue(authority, directory / "ca", "localhost")
+    with servers.swift_s3(directory / "swift", leaf=leaf, ca=authority.certificate) as service:
+        service.make_bucket("images")
+        yield service
+
+
+def requests(s3: servers.S3) -> list[str]:
+    """Return method and path of the requests since the last call."""
+    text = s3.access_log.read_text()
+    s3.access_log.write_text("")
+    return re.findall(r'"([A-Z]+ \S+) HTTP/1.1"', text)
+
+
+def test_s3_gets_the_image_first_and_the_manifest_last(s3: servers.S3, pair: Pair, tmp_path: Path) -> None:
+    assert s3.ca is not None
+    arguments = (pair.image, "--to", "s3://images/el/9/", "--endpoint", s3.endpoint, "--region", s3.region)
+    options = ("--ca", s3.ca, "--manifest-key", pair.public, "--json")
+    keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+    requests(s3)
+    done = run(*arguments, *options, **keys)
+    assert done.returncode == 0, done.stderr
+    made = requests(s3)
+    assert [line for line in made if line.startswith("PUT")] == [
+        f"PUT /images/el/9/{pair.name}",
+        "PUT /images/el/9/node.squashfs.manifest",
+    ]
+    # The same again, with the credentials of a profile: nothing is sent twice.
+    (tmp_path / "credentials").write_text(
+        f"[site]\naws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    )
+    again = run(*arguments, *options, AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "credentials"), AWS_PROFILE="site")
+    assert [file["result"] for file in json.loads(again.stdout)["files"]] == ["was there", "was there"], again.stderr
+    assert not [line for line in requests(s3) if line.startswith("PUT")]
+    for secret in (s3.secret_key, s3.access_key):
+        assert secret not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("bucket", "secret", "words"),
+    [
+        ("absent", "", ("404", "NoSuchBucket", "make the bucket first")),
+        ("images", "wrong", ("403", "SignatureDoesNotMatch", "is the secret key right")),
+    ],
+)
+def test_what_the_service_refuses_is_told(
+    s3: servers.S3, pair: Pair, bucket: str, secret: str, words: tuple[str, ...]
+) -> None:
+    done = run(
+        *(pair.image, "--to", f"s3://{bucket}/x", "--endpoint", s3.endpoint, "--region", s3.region),
+        *("--ca", str(s3.ca), "--manifest-key", pair.public),
+        AWS_ACCESS_KEY_ID=s3.access_key,
+        AWS_SECRET_ACCESS_KEY=secret or s3.secret_key,
+    )
+    assert done.returncode == 1, done.stdout
+    for word in words:
+        assert word in done.stderr
+
+
+def test_an_untrusted_service_and_missing_credentials_are_told(s3: servers.S3, pair: Pair) -> None:
+    arguments = (pair.image, "--to", "s3://images", "--endpoint", s3.endpoint, "--manifest-key", pair.public)
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert "no S3 credentials" in done.stderr
+    assert "AWS_PROFILE" in done.stderr
+    done = run(*arguments, **ANY)
+    assert done.returncode == 1
+    assert "certificate" in done.stderr
+
+
+def test_an_image_that_one_request_cannot_hold_is_refused_at_once(pair: Pair) -> None:
+    with pair.image.open("wb") as file:
+        file.truncate(S3_MAX_BYTES + 1)
+    done = run(
+        *(pair.image, "--to", "s3://images", "--endpoint", "https://127.0.0.1:1", "--manifest-key", pair.public),
+        **ANY,
+    )
+    assert done.returncode == 1
+    assert "S3 takes 5 GiB in one request" in done.stderr

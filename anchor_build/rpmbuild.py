@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from anchor_build import __version__, rpmrepo, rpmspec
-from anchor_build.build import cache_directory
 from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.files import cache_directory
 from anchor_build.registry import data_directory
 from anchor_build.render import module_digest
 from anchor_build.rpmcheck import problems_of, source_problems

@@ -40,6 +40,8 @@ class InitramfsBuild:
     manifest_since: int | None = None
     drivers: tuple[str, ...] = ()
     compress: str | None = None
+    # The SHA-256 of more inputs by their role: the profile.
+    inputs: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     # Called with each line of dracut's log when it matters (-v).
     tell: Callable[[str], None] = field(default=lambda line: None)
@@ -244,7 +246,7 @@ def _verify(
 
 def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[str, str]:
     """Return the SHA-256 of each input by its role; no path of this host."""
-    inputs = {"ca": readback.sha256(build.ca)}
+    inputs = {**build.inputs, "ca": readback.sha256(build.ca)}
     inputs["modules.dep"] = readback.sha256((build.kernel.modules / "modules.dep").read_bytes())
     if build.kernel.image is not None:
         inputs["kernel"] = readback.sha256(build.kernel.image.read_bytes())

@@ -6,6 +6,7 @@ import importlib
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,6 +29,22 @@ COMMANDS = {
     "inspect": "Show what is inside a package, an initramfs or an image, or compare two.",
     "boot": "Boot a kernel and an initramfs in QEMU and watch the node's steps.",
 }
+
+
+def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete --profile by the names in the file."""
+    from anchor_build.profile import complete
+
+    return complete(ctx.params.get("config"), incomplete)
+
+
+def use_profile(root: click.Context, name: str | None, config: Path | None) -> None:
+    """Let a profile give the defaults of the command that is about to run."""
+    from anchor_build import profile
+
+    command = cli.get_command(root, str(root.invoked_subcommand))
+    if command is not None:
+        profile.use(root, command, name, config)
 
 
 class LazyGroup(click.Group):
@@ -58,6 +75,16 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command '{args[0]}'.{hint}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; say where an option belongs that is this group's and was given to the command."""
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if any(error.option_name in param.opts for param in self.params):
+                text = f"{error.option_name} goes before the command: anchor-build {error.option_name} ..."
+                raise click.UsageError(text, error.ctx) from None
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands with their summaries from COMMANDS."""
         with formatter.section("Commands"):
@@ -71,20 +98,38 @@ class LazyGroup(click.Group):
 )
 @click.option("-v", "--verbose", count=True, help="Show what the programs that are run print.")
 @click.option("-q", "--quiet", is_flag=True, help="Show errors and warnings only.")
+@click.option(
+    "--profile",
+    metavar="NAME",
+    envvar="ANCHOR_BUILD_PROFILE",
+    show_envvar=True,
+    shell_complete=complete_profile,
+    help="The profile that gives what the command line does not. Default: default, if the file has it.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar="ANCHOR_BUILD_CONFIG",
+    show_envvar=True,
+    help="The file of profiles. Default: anchor.toml here, else /etc/anchor-build/anchor.toml.",
+)
 @click.version_option(__version__, "-V", "--version", prog_name="anchor-build")
 @click.pass_context
-def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
+def cli(ctx: click.Context, verbose: int, quiet: bool, profile: str | None, config: Path | None) -> None:
     """Build small, verified initramfs images for nodes without a disk.
 
     \b
     Examples:
       anchor-build initramfs --auth acme --image squashfs --ca site-ca.pem -o initramfs.img
+      anchor-build --profile compute initramfs
       anchor-build check "root=anchor rd.anchor.acme.server=ca.example rd.anchor.squashfs.url=https://store/i.sqsh"
       anchor-build boot --kernel vmlinuz --initrd initramfs.img --append "root=anchor ..."
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet exclude each other.")
     ctx.obj = Console(-1 if quiet else verbose)
+    use_profile(ctx, profile, config)
 
 
 def main(args: list[str] | None = None, **kwargs: Any) -> None:

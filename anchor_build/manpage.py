@@ -36,6 +36,7 @@ EXIT_STATUS = {
 ENVIRONMENT = {
     "SOURCE_DATE_EPOCH": "The time of the build in seconds since the epoch, for builds with the same bytes. "
     "Without it, the time at which the newest input was changed.",
+    "ANCHOR_BUILD_PROFILE, ANCHOR_BUILD_CONFIG": "What --profile and --config say, where they are not given.",
     "XDG_CACHE_HOME": "Where the directory anchor-build for temporary work lies. Default: ~/.cache.",
     "NO_COLOR": "If set, nothing is coloured.",
     "_ANCHOR_BUILD_COMPLETE": "bash_source, zsh_source or fish_source: print the shell completion and exit.",
@@ -44,6 +45,8 @@ HOST_FILES = {
     "FILE.json": "The report of a build, beside the initramfs FILE.",
     "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt": "The CA bundle that a build without --ca "
     "takes.",
+    "anchor.toml, /etc/anchor-build/anchor.toml": "Profiles: in [profile.NAME] the long options of initramfs as keys, "
+    "and inherits. Paths are relative to the file. The first of the two that exists is read.",
     "/etc/anchor/": "ca.pem, params and build-time for modules that were rendered, installed and are run by dracut "
     "without anchor-build.",
 }

@@ -17,6 +17,34 @@ from anchor_build.stage import KINDS
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class SharedOption(click.Option):
+    """An option that means the same in every command that has it, so that a profile gives it to each of them."""
+
+
+class SetOption(SharedOption):
+    """--set: what the command line gives is added to what the profile gives."""
+
+
+def add_settings(inherited: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+    """Return the KEY=VALUE of both, without those of `inherited` whose KEY is in `given`."""
+    names = {text.partition("=")[0] for text in given}
+    return (*(text for text in inherited if text.partition("=")[0] not in names), *given)
+
+
+def _add_profile(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    name = str(param.name)
+    inherited = ctx.lookup_default(name) or ()
+    given = value if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE else ()
+    return add_settings(inherited, given)
+
+
+def set_option(help_text: str) -> Callable[[F], F]:
+    """Add --set, which reaches the function as `settings`."""
+    return click.option(
+        "--set", "settings", cls=SetOption, multiple=True, metavar="KEY=VALUE", callback=_add_profile, help=help_text
+    )
+
+
 def complete_stage(
     kind: str,
 ) -> Callable[[click.Context, click.Parameter, str], list[click.shell_completion.CompletionItem]]:
@@ -39,6 +67,7 @@ def stage_dir_option(function: F) -> F:
     """Add --stage-dir."""
     return click.option(
         "--stage-dir",
+        cls=SharedOption,
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         multiple=True,
         is_eager=True,
@@ -82,6 +111,7 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         default = f" Default: {DEFAULTS[kind]}." if kind in DEFAULTS else ""
         command = click.option(
             f"--{kind}",
+            cls=SharedOption,
             multiple=True,
             metavar="STAGE",
             shell_complete=complete_stage(kind),

@@ -34,6 +34,18 @@ class Setting:
         return shown_value(self.param, self.value)
 
 
+class FileSetting(str):
+    """`KEY=VALUE` of a file; `origin` is what messages say before the KEY."""
+
+    origin: str
+
+    def __new__(cls, text: str, origin: str) -> FileSetting:
+        """Make one; a text is made before __init__."""
+        setting = super().__new__(cls, text)
+        setting.origin = origin
+        return setting
+
+
 def holds_secret(param: Param, value: str) -> bool:
     """Whether a value is secret: the type says so, or it is a URL with a user, or with a query (presigned)."""
     return bool(value) and (param.type == "secret" or shown_value(param, value) != value)
@@ -63,30 +75,35 @@ def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:
     problems = []
     for text in texts:
         name, equals, value = text.partition("=")
+        where = (text.origin if isinstance(text, FileSetting) else "--set ") + name
         param = params.get(name)
         if not equals:
-            problems.append(f"--set {name}: has no value: --set KEY=VALUE or KEY=@FILE")
+            problems.append(f"{where}: has no value: --set KEY=VALUE or KEY=@FILE")
         elif param is None:
-            problems.append(f"--set {name}: {unknown_parameter(name, list(params))}")
+            problems.append(f"{where}: {unknown_parameter(name, list(params))}")
         else:
             try:
-                raw = _read_value(param, value)
+                if param.type == "secret" and not value.startswith("@"):
+                    who = (
+                        "all who build read this"
+                        if isinstance(text, FileSetting)
+                        else "every process can read arguments"
+                    )
+                    raise paramtypes.InvalidValueError(f"is a secret, and {who}: give it as {param.key}=@FILE")
+                raw = _read_value(value)
                 paramtypes.check_value(param.type, raw, param.options)
                 found[param.key] = Setting(param, raw)
             except paramtypes.InvalidValueError as error:
-                problems.append(f"--set {name}: {error}")
+                problems.append(f"{where}: {error}")
             except OSError as error:
-                problems.append(f"--set {name}: {error.filename}: {error.strerror}")
+                problems.append(f"{where}: {error.filename}: {error.strerror}")
     if problems:
         raise UsageError("\n".join(problems))
     return tuple(found[key] for key in sorted(found))
 
 
-def _read_value(param: Param, text: str) -> str:
+def _read_value(text: str) -> str:
     if not text.startswith("@"):
-        if param.type == "secret":
-            remedy = f"give it as {param.key}=@FILE"
-            raise paramtypes.InvalidValueError(f"is a secret, and every process can read arguments: {remedy}")
         return text
     file = Path(text[1:])
     try:

@@ -7,13 +7,13 @@ import sys
 import click
 
 from anchor_build.console import Console, printable
-from anchor_build.options import Choice, json_option, stage_options
+from anchor_build.options import Choice, json_option, set_option, stage_options
 
 
 @click.command(short_help="Check a kernel command line before a node sees it.")
 @click.argument("cmdline", nargs=-1, required=True)
 @stage_options
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A default that is baked in.")
+@set_option("A default that is baked in.")
 @click.option("--signed", is_flag=True, help="The initramfs holds a manifest key (--manifest-key).")
 @json_option
 @click.pass_obj

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import Choice, json_option, stage_options
+from anchor_build.options import Choice, json_option, set_option, stage_options
 
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
@@ -32,13 +32,7 @@ from anchor_build.options import Choice, json_option, stage_options
     metavar="TIME|FILE",
     help="Nodes refuse manifests made before: a date (ISO 8601), seconds since the epoch, or a manifest of that time.",
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Bake in a parameter's default; KEY=@FILE takes the value from a file. May be repeated.",
-)
+@set_option("Bake in a parameter's default; KEY=@FILE takes the value from a file. May be repeated.")
 @click.option(
     "--add-drivers",
     multiple=True,
@@ -88,6 +82,7 @@ def command(
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.kernel import find_kernel
     from anchor_build.manifest import read_public_keys, read_since
+    from anchor_build.profile import used_profile
     from anchor_build.settings import read_ca, read_settings
 
     if manifest_since and not manifest_keys:
@@ -106,6 +101,7 @@ def command(
         manifest_since=read_since(manifest_since) if manifest_since else None,
         drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
         compress=compress,
+        inputs=used_profile(),
         warnings=(warning,) if warning else (),
         tell=lambda line: console.detail(f"  | {line}"),
     )

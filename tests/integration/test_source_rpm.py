@@ -225,6 +225,7 @@ def test_the_package_has_everything_in_its_place(package: Path, inside: Artifact
         f"{SITE}/anchor_build/data/lib/anchor-boot.sh",
         f"{SITE}/anchor_build/data/dracut-modules/anchor/stage.toml",
         f"{SITE}/anchor_build-9.8.7rc1.dist-info/METADATA",
+        "etc/anchor-build/anchor.toml",
         "usr/share/bash-completion/completions/anchor-build",
         "usr/share/zsh/site-functions/_anchor-build",
         "usr/share/fish/vendor_completions.d/anchor-build.fish",
@@ -235,6 +236,15 @@ def test_the_package_has_everything_in_its_place(package: Path, inside: Artifact
     assert not [path for path in modes if "/tests" in path or path.startswith(f"{SITE}/contrib")]
     assert {"dracut", "kmod", "zstd"} <= set(inside.facts["requires"])
     assert "scripts" not in inside.facts
+
+
+@pytest.mark.slow
+def test_the_sites_profiles_survive_an_update(package: Path) -> None:
+    query = "[%{FILEFLAGS:fflags} %{FILENAMES}\\n]"
+    said = subprocess.run(["rpm", "-qp", "--qf", query, package], capture_output=True, text=True, check=True).stdout
+    flags = {path: flag for flag, path in (line.split(" ") for line in said.splitlines())}
+    assert [path for path, flag in flags.items() if "c" in flag] == ["/etc/anchor-build/anchor.toml"]
+    assert "n" in flags["/etc/anchor-build/anchor.toml"]
 
 
 @pytest.mark.slow

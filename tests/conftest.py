@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ OLDER_CHOICES = ("dropbear_auth_key", "nfs_mount", "buildah_registry", "squashfs
 
 WriteStage = Callable[..., Path]
 LayOut = Callable[[Plan, Path], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_profiles() -> Iterator[None]:
+    """Keep the profiles of this host and of whoever runs the tests out of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ANCHOR_BUILD_PROFILE", raising=False)
+        patch.setenv("ANCHOR_BUILD_CONFIG", os.devnull)
+        yield
 
 
 @pytest.fixture

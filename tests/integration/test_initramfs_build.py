@@ -162,6 +162,23 @@ def words_of(directory: Path, ca: Path) -> list[str]:
     ]
 
 
+def profile_of(directory: Path, ca: Path) -> str:
+    """Return the same as the profiles of a file in `directory`."""
+    words_of(directory, ca)
+    return f"""
+[profile.site]
+stage-dir = "{os.path.relpath(SITE_STAGES, directory)}"
+auth = "local-file"
+image = "squashfs"
+ca = "{ca}"
+set = {{ "rd.anchor.fetch.attempts" = 3 }}
+[profile.default]
+inherits = "site"
+add-drivers = ["virtio-balloon", "dummy"]
+set = {{ "rd.anchor.local-file.pin" = "@pin" }}
+"""
+
+
 @pytest.fixture(scope="session")
 def built(image: SiteImage, site_ca: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Build once what most tests look at."""
@@ -286,20 +303,24 @@ def test_nothing_is_written_outside_the_output_and_the_cache(built: Built) -> No
 
 
 def test_the_same_inputs_give_the_same_bytes(built: Built, site_ca: Path, bench: Bench) -> None:
-    """From another directory, another cache, with another umask, locale, time zone and name, and another time."""
+    """From a profile, another directory and cache, with another umask, locale, time zone and name; at another time."""
     elsewhere = bench.top / "another directory"
     elsewhere.mkdir()
+    file = elsewhere / "anchor.toml"
+    file.write_text(profile_of(elsewhere, site_ca), encoding="utf-8")
     ended = bench.run(
-        *words_of(elsewhere, site_ca),
         prefix=("sh", "-c", 'umask 002; exec "$@"', "sh"),
         cwd=elsewhere,
         LANG="de_DE.UTF-8",
         TZ="Pacific/Auckland",
         COLUMNS="40",
+        ANCHOR_BUILD_CONFIG="",
     )
     assert ended.status == 0, ended.err
+    assert ended.err.startswith("profile default of anchor.toml: stage-dir, auth, image, ca, set, add-drivers\n")
     assert hashlib.sha256(bench.output.read_bytes()).hexdigest() == built.report["sha256"]
     report = json.loads((bench.output.parent / "node.img.json").read_text(encoding="utf-8"))
+    assert report["inputs"].pop("profile default") == hashlib.sha256(file.read_bytes()).hexdigest()
     assert report == built.report
 
 

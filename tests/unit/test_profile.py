@@ -102,7 +102,14 @@ def test_the_keys_are_the_options_of_initramfs() -> None:
 def test_other_commands_take_what_means_the_same_there() -> None:
     context = click.Context(cli.cli)
     stages = {"auth", "transport", "image", "stage-dir"}
-    expected = {"check": {*stages, "set"}, "render": stages, "doctor": stages, "stages": {"stage-dir"}, "boot": set()}
+    expected = {
+        "check": {*stages, "set"},
+        "render": stages,
+        "doctor": stages,
+        "stages": {"stage-dir"},
+        "rpm": {"stage-dir"},
+        "boot": set(),
+    }
     for name, keys in expected.items():
         command = cli.cli.get_command(context, name)
         assert command is not None

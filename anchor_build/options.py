@@ -70,7 +70,6 @@ def stage_dir_option(function: F) -> F:
         cls=SharedOption,
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         multiple=True,
-        is_eager=True,
         help="A stage of your own, or a directory of them; may be repeated.",
     )(function)
 

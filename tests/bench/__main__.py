@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -216,6 +217,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="also look for the least memory that boots")
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"), help="where the figures go as JSON")
     options = parser.parse_args()
+    # What is measured does not depend on this host's profiles.
+    os.environ["ANCHOR_BUILD_CONFIG"] = os.devnull
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anchor-bench-")))
         results = measure(options, work, stack, Console())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from anchor_build.errors import AnchorError
 
 RELEASE = re.compile(r"## \[?([0-9][^\]\s]*)\]? - (unreleased|[0-9]{4}-[0-9]{2}-[0-9]{2})", re.IGNORECASE)
+RPM_TEXT_WIDTH = 76  # within rpmlint's limit
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 
 
@@ -72,3 +75,34 @@ def _changes(body: str) -> list[str]:
 def day_of(seconds: int) -> date:
     """Return the day (UTC) of a time in seconds since the epoch."""
     return datetime.fromtimestamp(seconds, UTC).date()
+
+
+def rpm_entries(releases: Sequence[Release], version: str, release: str, time: int) -> list[str]:
+    """Return the entries of %changelog of a package that is built now, the newest first.
+
+    `time` is in seconds since the epoch. What is not released yet counts as this package's own changes.
+    """
+    now = f"{version}-{release}"
+    today = day_of(time)
+    newest = releases[0]
+    entries = []
+    if newest.day is not None and newest.version != version:
+        entries.append(_rpm_entry(today, now, (f"Built from the tree after {newest.version}",)))
+    for one in releases:
+        if one.day is None:
+            entries.append(_rpm_entry(today, now, one.changes))
+        else:
+            entries.append(_rpm_entry(one.day, f"{one.version}-1", one.changes))
+    return entries
+
+
+def _rpm_entry(day: date, version: str, changes: Sequence[str]) -> str:
+    # %a and %b of the C locale, which rpm wants whatever the caller's is
+    weekday = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day.weekday()]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[day.month - 1]
+    head = f"* {weekday} {month} {day.day:02d} {day.year} anchor-build - {version}"
+    lines = [
+        textwrap.fill(text, RPM_TEXT_WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for text in changes
+    ]
+    return "\n".join([head, *lines])

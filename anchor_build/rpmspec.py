@@ -9,7 +9,6 @@ import tarfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 
 import jinja2
 
@@ -199,39 +198,13 @@ def render_spec(packaging: Packaging) -> str:
         version=packaging.version,
         release=packaging.release,
         license=LICENSE,
-        changelog=list(_changelog(packaging)),
+        changelog=changelog.rpm_entries(packaging.changes, packaging.version, packaging.release, packaging.time),
     )
 
 
 def _escape(text: str) -> str:
     """Keep rpm from expanding anything in a text."""
     return text.replace("%", "%%")
-
-
-def _changelog(packaging: Packaging) -> Iterator[str]:
-    """Yield the entries of %changelog, the newest first."""
-    now = f"{packaging.version}-{packaging.release}"
-    today = changelog.day_of(packaging.time)
-    newest = packaging.changes[0]
-    if newest.day is not None and newest.version != packaging.version:
-        yield _entry(today, now, (f"Built from the tree after {newest.version}",))
-    for release in packaging.changes:
-        if release.day is None:
-            yield _entry(today, now, release.changes)
-        else:
-            yield _entry(release.day, f"{release.version}-1", release.changes)
-
-
-def _entry(day: date, version: str, changes: Sequence[str]) -> str:
-    # %a and %b of the C locale, which rpm wants whatever the caller's is
-    weekday = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day.weekday()]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[day.month - 1]
-    head = f"* {weekday} {month} {day.day:02d} {day.year} anchor-build - {version}"
-    lines = [
-        textwrap.fill(text, TEXT_WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        for text in changes
-    ]
-    return "\n".join([head, *lines])
 
 
 def source_archive(packaging: Packaging) -> bytes:

@@ -1,6 +1,6 @@
 """The source package of anchor-build itself, as mock, Koji, OBS and Copr take it: archive and spec, nothing to fetch.
 
-`python -m anchor_build.source_rpm DIR` writes it into DIR. The source archive is also one that pip installs.
+The source archive is also one that pip installs.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ import gzip
 import io
 import os
 import re
-import sys
 import tarfile
 import tempfile
-import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 import anchor_build
+from anchor_build.changelog import read_changelog, rpm_entries
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, which
 from anchor_build.version import Version, git, source_date_epoch, tree_version
@@ -156,6 +153,8 @@ def spec_text(top: Path, version: Version, epoch: int) -> str:
 
     with (top / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
+    releases = read_changelog(top / "CHANGELOG.md")
+    entries = rpm_entries(releases, version.rpm.version, version.rpm.release, epoch)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(top / TEMPLATE.parent),
         undefined=jinja2.StrictUndefined,
@@ -165,10 +164,10 @@ def spec_text(top: Path, version: Version, epoch: int) -> str:
         comment_end_string="#>",
         autoescape=False,  # noqa: S701 - the output is a spec, and every value is made here
     )
-    return environment.get_template(TEMPLATE.name).render(_values(project, version, epoch))
+    return environment.get_template(TEMPLATE.name).render(_values(project, version, entries))
 
 
-def _values(project: Mapping[str, Any], version: Version, epoch: int) -> dict[str, Any]:
+def _values(project: Mapping[str, Any], version: Version, entries: Sequence[str]) -> dict[str, Any]:
     needed: Sequence[str] = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     return {
         "version": version.rpm.version,
@@ -176,22 +175,5 @@ def _values(project: Mapping[str, Any], version: Version, epoch: int) -> dict[st
         "archive": archive_name(version),
         # The commands are imported for the man pages, so that the build needs what they need.
         "build_requires": [re.split(r"[^A-Za-z0-9._-]", name)[0].lower() for name in needed],
-        # In English whatever the locale: rpm reads nothing else.
-        "date": time.strftime("%a %b %d %Y", time.gmtime(epoch)),
+        "changelog": [entry.replace("%", "%%") for entry in entries],
     }
-
-
-if __name__ == "__main__":
-    from anchor_build.console import Console
-
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m anchor_build.source_rpm DIR")
-    console = Console()
-    try:
-        package, said = tool_srpm(Path(sys.argv[1]))
-    except AnchorError as error:
-        console.error(error.message, error.hint)
-        sys.exit(error.exit_status)
-    for text in said:
-        console.warn(text)
-    click.echo(package)

@@ -32,6 +32,7 @@ from anchor_build.options import complete_stage, json_option, registry_of, stage
     help="Where to write; the packages of an earlier run are replaced.",
 )
 @click.option("--srpm", is_flag=True, help="Make the source package, too.")
+@click.option("--tool", is_flag=True, help="Make the source package of anchor-build itself, and nothing else.")
 @click.option("--sign", "key", metavar="KEYID", help="Sign packages and repository with this key of gpg's.")
 @click.option("--repo", is_flag=True, help="Make the directory a repository for dnf and zypper.")
 @click.option(
@@ -49,6 +50,7 @@ def command(
     stage_dir: tuple[Path, ...],
     output: Path,
     srpm: bool,
+    tool: bool,
     key: str | None,
     repo: bool,
     family: str | None,
@@ -65,11 +67,20 @@ def command(
       anchor-build rpm
       anchor-build rpm --stage acme --stage squashfs --dist .el9 --srpm
       anchor-build rpm --stage-dir ./my-stages --repo --sign packages@example.org --out repository
+      anchor-build rpm --tool --out srpm
     """  # noqa: D301
     from anchor_build.describe import find_stage
     from anchor_build.rpmbuild import RpmBuild, build_packages, host_family
     from anchor_build.rpmspec import choose_stages
 
+    if tool:
+        # --srpm is what it does anyway.
+        others = {"--stage": names, "--all": every, "--sign": key, "--repo": repo, "--family": family, "--dist": dist}
+        given = [option for option, value in others.items() if value]
+        if given:
+            raise click.UsageError(f"--tool makes a source package only: {given[0]} does not go with it.")
+        _make_tool(console, output, as_json)
+        return
     if names and every:
         raise click.UsageError("--stage and --all exclude each other.")
     registry = registry_of(stage_dir)
@@ -95,3 +106,17 @@ def command(
             click.echo(output / name)
     if not built:
         console.info("nothing has changed since they were built")
+
+
+def _make_tool(console: Console, output: Path, as_json: bool) -> None:
+    """Make the source package of anchor-build itself and print where it is."""
+    from anchor_build.source_rpm import tool_srpm
+
+    with console.step("make the source package of anchor-build"):
+        package, warnings = tool_srpm(output)
+    for text in warnings:
+        console.warn(text)
+    if as_json:
+        console.json({"files": [package.name], "warnings": list(warnings)})
+    else:
+        click.echo(package)

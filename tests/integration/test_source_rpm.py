@@ -82,7 +82,8 @@ def test_the_same_tree_gives_the_same_bytes(source_package: Path, copy: Path, tm
     (copy / "out" / "old.rpm").touch()
     os.utime(copy / "README.md", (1, 1))
     script = 'umask 077; exec "$@"'
-    argv = ["sh", "-c", script, "sh", sys.executable, "-m", "anchor_build.source_rpm", str(tmp_path / "elsewhere")]
+    command = [sys.executable, "-m", "anchor_build", "rpm", "--tool", "--out", str(tmp_path / "elsewhere")]
+    argv = ["sh", "-c", script, "sh", *command]
     env = {
         **os.environ,
         "PYTHONPATH": str(copy),
@@ -263,3 +264,12 @@ def test_the_package_works_where_it_is_installed(package: Path, tmp_path: Path) 
     script = f"source {completion}; complete -p anchor-build"
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert said.stdout.rstrip().endswith("anchor-build")
+
+
+@pytest.mark.parametrize("words", [["--stage", "acme"], ["--all"], ["--sign", "x"], ["--repo"], ["--dist", ".el9"]])
+def test_the_tool_is_packaged_alone(words: list[str], tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "anchor_build", "rpm", "--tool", "--out", str(tmp_path / "out"), *words]
+    done = subprocess.run(argv, cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"--tool makes a source package only: {words[0]} does not go with it." in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -19,6 +19,8 @@ anchor_boot_load() {
     local file
     LC_ALL=C
     export LC_ALL
+    # The kernel makes variables of words that it does not know.
+    anchor_boot__failures=0 anchor_post__pid='' anchor_post__machine=''
     for file in "$ANCHOR_LIB"/*.sh; do
         case $file in
             */anchor-boot.sh | */anchor-report.sh | */anchor-post.sh | */anchor-params.sh) ;;
@@ -228,6 +230,9 @@ anchor_boot_source() {
 # usage: anchor_boot_auth
 # The auth step: what the stage leaves must be for root alone, even where the stage exits.
 anchor_boot_auth() {
+    # What an earlier try of this boot got is what has been refused, or is about to end: a stage must not find it again.
+    [ ! -e "$ANCHOR_RUN/credentials.from" ] ||
+        rm -f "$ANCHOR_RUN/credentials/client.crt" "$ANCHOR_RUN/credentials/client.key" "$ANCHOR_RUN/credentials/s3"
     rm -f "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
     ("anchor_${anchor_auth}_run") && anchor_boot_credentials &&
         anchor_keep "$ANCHOR_RUN/credentials.from" "$anchor_auth"

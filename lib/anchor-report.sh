@@ -251,10 +251,12 @@ anchor_event_queue() {
     [ -p "$ANCHOR_REPORT/wake" ] || return 0
     anchor_recall "$ANCHOR_REPORT/next"
     n=${anchor_recall:-0}
+    anchor_recall "$ANCHOR_REPORT/sent"
     {
         printf '%s\n%s\n' "$n" "$1" >"$ANCHOR_REPORT/$((n % ANCHOR_REPORT_RING))" &&
             printf '%s\n' $((n + 1)) >"$ANCHOR_REPORT/next" &&
-            printf '\n' 1<>"$ANCHOR_REPORT/wake"
+            # A pipe of 64 KiB that nobody empties would hold up the boot; with so many unsent, wakes enough lie in it.
+            { [ $((n - ${anchor_recall:-0})) -gt 60000 ] || printf '\n' 1<>"$ANCHOR_REPORT/wake"; }
     } 2>/dev/null || :
 }
 

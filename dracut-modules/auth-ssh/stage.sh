@@ -37,9 +37,14 @@ anchor_ssh__prepare() {
         return 1
     fi
     while [ -n "$rest" ]; do
-        printf '%s\n' "${rest%%,*}"
+        if ! anchor_ssh__target "${rest%%,*}"; then
+            anchor_fail "rd.anchor.ssh.wait_files has a place that is not allowed" \
+                "files belong to /client.cert, /client.key or /run/anchor/credentials/NAME"
+            return 1
+        fi
+        printf '%s\n' "${rest%%,*}" >&3
         rest=${rest#*,}
-    done >"$dir/wanted"
+    done 3>"$dir/wanted"
     # What an earlier try of this boot left, or somebody put into the initramfs, need not be sent again.
     while IFS= read -r rest; do
         number=$((number + 1))
@@ -53,12 +58,19 @@ anchor_ssh__prepare() {
 }
 
 # usage: anchor_ssh__target PATH
-# Sets anchor_ssh__target to where the file that is waited for as PATH belongs on the node.
+# Sets anchor_ssh__target to where the file that is waited for as PATH belongs on the node. Status 1 for any other place:
+# the command line could have the site's CA or manifest key replaced, or a program.
 anchor_ssh__target() {
     case $1 in
         /client.cert) anchor_ssh__target="${ANCHOR_ROOT:-}/run/anchor/credentials/client.crt" ;;
         /client.key) anchor_ssh__target="${ANCHOR_ROOT:-}/run/anchor/credentials/client.key" ;;
-        *) anchor_ssh__target="${ANCHOR_ROOT:-}$1" ;;
+        /run/anchor/credentials/*)
+            case ${1#/run/anchor/credentials/} in
+                '' | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) return 1 ;;
+            esac
+            anchor_ssh__target="${ANCHOR_ROOT:-}$1"
+            ;;
+        *) return 1 ;;
     esac
 }
 

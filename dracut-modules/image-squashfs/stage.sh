@@ -11,12 +11,8 @@
 # Safe to repeat. On failure it unmounts the tmpfs, which frees the memory.
 anchor_squashfs_run() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" rest="$anchor_squashfs_mirrors" status
-    if anchor_squashfs__mounted "$dir"; then
-        # Read-only is the last thing that happens to it, so this one is complete.
-        case $anchor_squashfs__options in
-            ro | ro,*) return 0 ;;
-        esac
-    fi
+    # rd.debug traces every command with its values, and a URL may hold a password.
+    { set +x; } 2>/dev/null
     urls=$anchor_squashfs_url
     while [ -n "$rest" ]; do
         urls="$urls${urls:+ }${rest%%,*}"
@@ -31,6 +27,14 @@ anchor_squashfs_run() {
     elif [ -z "$sha256" ]; then
         anchor_info "rd.anchor.squashfs.sha256= is not given: nothing but the server's certificate vouches for the image"
     fi
+    # An earlier try left it, complete; but what is wanted may have changed since.
+    anchor_recall "$dir.of"
+    if [ "$anchor_recall" = "$sha256 $urls" ] && anchor_squashfs__mounted "$dir"; then
+        case $anchor_squashfs__options in
+            ro | ro,*) return 0 ;;
+        esac
+    fi
+    anchor_squashfs__forget "$dir"
     anchor_squashfs__place "$dir" "$urls" "$sha256"
     status=$?
     [ "$status" -eq 2 ] || return "$status"
@@ -38,10 +42,19 @@ anchor_squashfs_run() {
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
         anchor_squashfs__seal "$dir"; then
+        (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
         return 0
     fi
     anchor_squashfs__free "$dir"
     return 1
+}
+
+# usage: anchor_squashfs__forget DIR
+# Unmounts what an earlier try, or somebody else, mounted on DIR and where the image goes.
+anchor_squashfs__forget() {
+    rm -f "$1.of"
+    ! anchor_squashfs__mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
+    ! anchor_squashfs__mounted "$1" || anchor_squashfs__free "$1"
 }
 
 # usage: anchor_squashfs__place DIR URLS SHA256

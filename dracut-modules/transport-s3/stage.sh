@@ -80,7 +80,8 @@ anchor_s3__place() {
             return 1
             ;;
     esac
-    if [ "$scheme" = http ] && [ -z "${anchor_fetch_verified:-}" ]; then
+    # want is the digest that anchor_fetch was given: it counts also where nothing may be continued.
+    if [ "$scheme" = http ] && [ -z "${anchor_fetch_verified:-}${want:-}" ] && [ "${anchor_fetch_signed:-}" != 1 ]; then
         anchor_fail "refused to fetch $anchor_fetch_url without a digest: nothing protects what comes from an http:// endpoint" \
             "add the image's SHA-256 digest (rd.anchor.<image>.sha256=), or an endpoint with https://"
         return 1

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.conftest import TOP
 from tests.shell.conftest import SHELLS
 from tests.stages.ssh_site import ADDRESS, ADDRESS6, MAC, PORT, Node, Site, make_node, running_site
 
@@ -167,9 +168,21 @@ def test_a_file_is_taken_only_when_it_is_whole(node: Node, site: Site) -> None:
         node.said("that was refused: it is incomplete")
 
 
+@pytest.mark.parametrize(
+    "place", ["/etc/anchor/manifest.pub", "/run/anchor/credentials/../boot.json", "/client.pem", ""]
+)
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_files_for_other_places_are_refused(shell: str, place: str) -> None:
+    script = f'. {TOP}/dracut-modules/auth-ssh/stage.sh; anchor_ssh__target /client.key && ! anchor_ssh__target "$1"'
+    done = subprocess.run([*SHELLS[shell], "-c", script, "sh", place], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_sender_that_dies_in_the_middle_leaves_nothing(node: Node, site: Site) -> None:
-    with node.running(wait_files="/etc/munge/munge.key"):
-        argv = site.enter("ssh", *node.options(), "-p", str(PORT), f"root@{ADDRESS}", "scp -t /etc/munge/munge.key")
+    with node.running(wait_files="/run/anchor/credentials/munge.key"):
+        argv = site.enter(
+            "ssh", *node.options(), "-p", str(PORT), f"root@{ADDRESS}", "scp -t /run/anchor/credentials/munge.key"
+        )
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as sender:
             assert sender.stdin and sender.stdout
             assert sender.stdout.read(1) == b"\0"
@@ -179,11 +192,11 @@ def test_a_sender_that_dies_in_the_middle_leaves_nothing(node: Node, site: Site)
             time.sleep(0.2)
             sender.kill()
         node.said("refused: it is incomplete: 500 of 1000 bytes came")
-        assert b"waits for: /etc/munge/munge.key" in node.ssh("").stdout
+        assert b"waits for: /run/anchor/credentials/munge.key" in node.ssh("").stdout
         assert b"nothing tells its size" in node.ssh("put munge.key", b"binary\0key").stderr
         assert node.ssh("put munge.key 10", b"binary\0key").returncode == 0
         assert node.result() == 0, node.log()
-    target = node.root / "etc/munge/munge.key"
+    target = node.credentials / "munge.key"
     assert target.read_bytes() == b"binary\0key"
     assert target.stat().st_mode & 0o777 == 0o600
 

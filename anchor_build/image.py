@@ -339,7 +339,12 @@ def _take_over(source: Path, partial: Path) -> dict[str, Any]:
         old, _ = read_manifest(old_file)
         with source.open("rb") as file:
             if old.sha256 == hashlib.file_digest(file, "sha256").hexdigest():
-                return facts | {"unpacked": old.unpacked, "kernels": old.kernels}
+                return facts | {
+                    "unpacked": old.unpacked,
+                    "kernels": old.kernels,
+                    "mirrors": old.mirrors,
+                    "peers": old.peers,
+                }
     return facts
 
 
@@ -363,8 +368,8 @@ def _manifest(build: ImageBuild, facts: Mapping[str, Any], sha256: str, size: in
         created=now,
         expires=now + build.valid_for if build.valid_for is not None else None,
         kernels=tuple(facts.get("kernels", ())),
-        mirrors=_places(build.urls, name),
-        peers=_places(build.peers, name),
+        mirrors=_places(build.urls, name) or tuple(facts.get("mirrors", ())),
+        peers=_places(build.peers, name) or tuple(facts.get("peers", ())),
     )
 
 

@@ -194,6 +194,10 @@ def test_an_image_gets_a_new_manifest(tree: Path, tmp_path: Path) -> None:
     name = published_name(image, manifest.sha256)
     assert manifest.mirrors == (f"https://store.example/images/{name}",)
     assert manifest.peers == ("http://peer/x",)
+    # Renewed once more, it keeps the places.
+    assert run(image, "--valid-for", "60d").returncode == 0
+    again, _ = read_manifest(tmp_path / "node.squashfs.manifest")
+    assert (again.mirrors, again.peers) == (manifest.mirrors, manifest.peers)
 
 
 def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_path: Path) -> None:

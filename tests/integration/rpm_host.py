@@ -86,7 +86,8 @@ def make_rpms(out: Path, spec: str, files: Mapping[str, str] | None = None) -> l
         for source, text in (files or {}).items():
             (top / source).write_text(text)
         out.mkdir(exist_ok=True)
-        defines = {"_topdir": top, "_sourcedir": top, "_rpmdir": out, "_rpmfilename": "%%{NAME}-%%{VERSION}.rpm"}
+        places = {"_topdir": top, "_tmppath": top, "_sourcedir": top, "_rpmdir": out}
+        defines = {**places, "_rpmfilename": "%%{NAME}-%%{VERSION}.rpm"}
         words = [word for key, value in defines.items() for word in ("--define", f"{key} {value}")]
         run("rpmbuild", "-bb", "--target", "noarch", *words, top / "it.spec", env={"HOME": name})
     return sorted(out.glob("*.rpm"))

@@ -98,7 +98,7 @@ def test_stages_require_what_they_declare_and_the_core_of_the_same_version(built
 def test_the_source_package_alone_gives_the_same_packages(built: Path, tmp_path: Path) -> None:
     """What mock, Koji, OBS and Copr do: rebuild with the distribution's own settings, and no network."""
     [source] = built.glob("*.src.rpm")
-    where = ["--define", f"_topdir {tmp_path}", "--define", "dist .test1"]
+    where = ["--define", f"_topdir {tmp_path}", "--define", f"_tmppath {tmp_path}", "--define", "dist .test1"]
     offline = ["unshare", "-n"] if os.geteuid() == 0 else []
     run(*offline, "rpmbuild", "--rebuild", *where, source, env={"HOME": str(tmp_path)})
     again = {path.name: path for path in (tmp_path / "RPMS").rglob("*.rpm")}

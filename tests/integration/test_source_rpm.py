@@ -195,7 +195,13 @@ def test_what_can_go_wrong(copy: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def package(source_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rebuild the source package as a distribution would, tests included, without network."""
     top = tmp_path_factory.mktemp("rpmbuild")
-    defines = {"_topdir": str(top), "stand_in_python": sys.executable, "dist": ".test", "_buildhost": "anchor-build"}
+    defines = {
+        "_topdir": str(top),
+        "_tmppath": str(top),
+        "stand_in_python": sys.executable,
+        "dist": ".test",
+        "_buildhost": "anchor-build",
+    }
     argv = ["rpmbuild", "--rebuild", "--nodeps", "--load", str(MACROS)]
     argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
     # As in a build root: no network but loopback.

@@ -287,7 +287,9 @@ def test_a_server_cannot_change_what_the_digest_has_passed(node: Node, site: Sit
 
 def test_the_image_is_in_memory_once(dash: Node, site: Site, tmp_path: Path) -> None:
     """What has been copied from rsync's own file takes no more room."""
-    watch = f'(while sleep 0.05; do du -sk "${{last%/*}}" >>{tmp_path}/used; done) & exec {RSYNC} --bwlimit=3000 "$@"'
+    # Until rsync, which takes the place of its shell, has ended.
+    loop = f'while sleep 0.05 && kill -0 $$; do du -sk "${{last%/*}}" >>{tmp_path}/used; done'
+    watch = f'({loop}) 2>/dev/null & exec {RSYNC} --bwlimit=3000 "$@"'
     done = dash.fetch(
         site.url(), DIGEST, env=stand_in(tmp_path / "bin", f'[ -n "$listing" ] || {{ {watch}; }}'), timeout=10
     )

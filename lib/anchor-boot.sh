@@ -196,6 +196,8 @@ anchor_step() {
 # usage: anchor_boot_manifest
 # The manifest's step: like an image, it may come over any transport.
 anchor_boot_manifest() {
+    # rd.debug traces every command with its values, and a URL may hold a password.
+    { set +x; } 2>/dev/null
     anchor_boot_transports && anchor_manifest_run
 }
 

@@ -398,11 +398,18 @@ anchor_http__untrusted() {
 # usage: anchor_http__identity
 # Sets anchor_http_identity: a sentence on what this node showed of itself, which a server has just refused.
 anchor_http__identity() {
-    anchor_reject_credentials
     if [ ! -s "$credentials/client.crt" ] || [ ! -s "$credentials/client.key" ]; then
         anchor_http_identity="this node has no client certificate: an auth stage gets one"
         return 0
     fi
+    case $url in
+        [Hh][Tt][Tt][Pp]:*)
+            # Whoever answers in clear has not seen the certificate: a new one would change nothing.
+            anchor_http_identity="over http:// a node does not show its certificate"
+            return 0
+            ;;
+    esac
+    anchor_reject_credentials
     anchor_http__subject
     anchor_http_identity="this node showed the certificate of ${anchor_http_subject:-unknown name}"
 }

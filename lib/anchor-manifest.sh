@@ -79,6 +79,8 @@ anchor_manifest_run() {
 # Status 1, with a report, if this initramfs cannot boot it.
 anchor_manifest_use() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/manifest" wanted="$anchor_image" url
+    # rd.debug traces every command with its values, and a URL may hold a password.
+    { set +x; } 2>/dev/null
     anchor_manifest_parse "$dir/current" || return 1
     if [ -n "$anchor_manifest_file" ]; then
         while IFS= read -r url; do

@@ -140,7 +140,7 @@ def test_a_node_that_hangs_meets_the_time_limit(kernel: Path, initrd: Path, tmp_
     started = time.monotonic()
     result = boot(kernel, initrd, "hang", tmp_path / "console", timeout=8)
     assert result.outcome == "timeout"
-    assert 8 <= time.monotonic() - started < 20
+    assert 8 <= time.monotonic() - started < 40
     assert qemus_using(tmp_path) == []
 
 
@@ -248,10 +248,10 @@ def test_probe_returns_in_time_and_auto_picks_what_works(kernel: Path, initrd: P
     qemu.kvm_problem.cache_clear()
     started = time.monotonic()
     accel = qemu.choose_accel("auto")
-    assert time.monotonic() - started < qemu.PROBE_LIMIT_S + 5
+    assert time.monotonic() - started < qemu.PROBE_LIMIT_S + 20
     started = time.monotonic()
     assert qemu.choose_accel("auto") == accel
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 0.5
     machine = Machine(kernel, initrd, "quiet", memory="256M", forwards=(Forward(22), Forward(80)))
     with qemu.running(machine, timeout=60, console=tmp_path / "console") as result:
         assert result.accel == accel

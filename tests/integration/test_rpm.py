@@ -178,7 +178,7 @@ def test_nothing_is_done_again_until_something_changes(built: Path, tmp_path: Pa
     first, times = contents(out), {path: path.stat().st_mtime_ns for path in out.iterdir()}
     started = time.monotonic()
     assert not did_build()
-    assert time.monotonic() - started < 5  # 0.4 s on an idle machine
+    assert time.monotonic() - started < 15  # 0.4 s on an idle machine
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
     changes: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {

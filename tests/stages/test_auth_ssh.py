@@ -313,6 +313,6 @@ def test_a_service_that_does_not_answer_holds_nothing_up(node: Node, site: Site,
             for name, source in (("client.key", site.node.key), ("client.cert", site.node.certificate)):
                 assert node.ssh(f"put {name}", source.read_bytes()).returncode == 0
             assert node.result() == 0, node.log()
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
     assert "BOOTIF is not a MAC address" in node.log()
     assert node.log().count("cannot tell") == (kind == "absent")

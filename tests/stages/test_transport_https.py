@@ -223,16 +223,16 @@ def test_silence_is_bounded(node: Node) -> None:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/x"
         done = node.fetch(url, connect_timeout=1, attempts=1)
         assert node.failed(done, "is too slow or silent: ", "rd.anchor.fetch.connect_timeout")
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 9
 
 
 def test_the_deadline_cuts_an_attempt_off(dash: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
-        done = dash.fetch(url, DIGEST, timeout=1, stall=10)
+        done = dash.fetch(url, DIGEST, timeout=1, stall=30)
         assert dash.failed(done, "after attempt 1 of 4 and 1 s of 1 s: ")
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 9
 
 
 def test_a_proxy_is_used_and_the_environments_is_not(dash: Node) -> None:

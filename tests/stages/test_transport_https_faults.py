@@ -192,7 +192,7 @@ def test_one_byte_a_second_is_too_slow(dash: Node) -> None:
         begun = time.monotonic()
         done = dash.fetch(server.url(), DIGEST, stall=1, attempts=2)
         assert dash.failed(done, "after attempt 2 of 2", "is too slow or silent", "rd.anchor.fetch.connect_timeout")
-        assert time.monotonic() - begun < 6
+        assert time.monotonic() - begun < 20
 
 
 def test_a_truncated_file_with_a_length_to_match_is_not_the_file(node: Node) -> None:

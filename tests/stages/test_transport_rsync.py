@@ -425,4 +425,4 @@ def test_a_silent_server_is_bounded(dash: Node, scheme: str) -> None:
         finally:
             silent.terminate()
     assert dash.failed(done, "gave up")
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30

@@ -120,7 +120,7 @@ def test_clients_that_say_nothing_hold_nobody_up(tmp_path: Path) -> None:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         started = time.monotonic()
         assert post(served, lines(record("boot", version="1")))[0] == 204
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         for connection in silent:
             connection.close()
 

@@ -129,7 +129,7 @@ def test_a_time_limit_ends_the_whole_group(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(AnchorError, match=r"did not finish within 0\.5 s"):
         run(["sh", "-c", script], timeout=0.5)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20
     assert wait_until_gone(int((tmp_path / "pid").read_text()))
 
 

@@ -288,13 +288,19 @@ def test_a_console_log_that_cannot_be_written_is_an_error(fake: Fake, machine: M
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_qemu_and_tells_what_was_seen(fake: Fake, machine: Machine, number: signal.Signals) -> None:
     pid_file = fake("""echo '{"event":"boot","version":"1"}' >"$events"; echo up >"$console"; exec sleep 60""")
+    # Under nohup(1) the tests inherit an ignored SIGHUP, which boot() leaves ignored.
+    inherited = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     before = signal.getsignal(number)
-    with pytest.raises(BootInterruptedError) as interrupted:
-        qemu.boot(machine, timeout=20, watcher=Signaller(number))
+    try:
+        with pytest.raises(BootInterruptedError) as interrupted:
+            qemu.boot(machine, timeout=20, watcher=Signaller(number))
+        after = signal.getsignal(number)
+    finally:
+        signal.signal(number, inherited)
     assert interrupted.value.result.outcome == "interrupted"
     assert interrupted.value.result.console_tail == ("up",)
     assert len(interrupted.value.result.events) == 1
-    assert signal.getsignal(number) is before
+    assert after is before
     assert not alive(pid_file)
 
 

@@ -15,11 +15,11 @@ from anchor_build.cpio import read_initramfs
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, work_directory
 from anchor_build.kernel import Kernel
-from anchor_build.manifest import PublicKey
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
 from anchor_build.run import run
 from anchor_build.settings import Setting
+from anchor_build.signing import PublicKey
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
 

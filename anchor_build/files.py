@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anchor_build.errors import AnchorError
+from anchor_build.errors import AnchorError, ProcessError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
+)
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_directory() -> Path:
@@ -22,8 +32,8 @@ def cache_directory() -> Path:
 
 def disk_hint(output: str) -> str:
     """Return what to do about a message of a full or closed disk, and nothing about others."""
-    if "No space left on device" in output:
-        return "make room in the cache directory (XDG_CACHE_HOME) and where the output goes"
+    if any(text in output for text in ("No space left on device", "Disk quota exceeded", "Out of space")):
+        return f"make room where the output goes and in the cache, {cache_directory()} (XDG_CACHE_HOME names another)"
     if "Permission denied" in output:
         return "it may need root"
     return ""
@@ -39,6 +49,16 @@ def disk_errors() -> Iterator[None]:
             raise
         what = f"{error.filename}: " if error.filename else ""
         raise AnchorError(f"{what}{error.strerror}", disk_hint(str(error))) from None
+
+
+@contextmanager
+def disk_hints() -> Iterator[None]:
+    """Let a program that failed on a full or closed disk say what helps there, whatever else it would advise."""
+    try:
+        yield
+    except ProcessError as error:
+        error.hint = disk_hint(error.tail) or error.hint
+        raise
 
 
 @contextmanager
@@ -67,6 +87,19 @@ def beside(output: Path) -> Iterator[Path]:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a finished file to its name. It gets owner and mode of the file that it replaces, else mode 0644."""
+    try:
+        there = target.stat()
+    except FileNotFoundError:
+        partial.chmod(0o644)
+    else:
+        if os.geteuid() == 0:
+            os.chown(partial, there.st_uid, there.st_gid)
+        partial.chmod(there.st_mode & 0o777)
+    partial.replace(target)
 
 
 def output_problems(output: Path, *others: Path) -> list[str]:

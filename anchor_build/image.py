@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,11 +15,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anchor_build import __version__
-from anchor_build.distribution import Distribution, build_tree
+from anchor_build.console import printable
+from anchor_build.distribution import Distribution, build_tree, distribution_problems
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import beside, disk_errors, output_problems, work_directory
-from anchor_build.manifest import SUFFIX, Manifest, manifest_text, read_manifest, sign_text
+from anchor_build.files import (
+    beside,
+    disk_errors,
+    disk_hints,
+    file_digest,
+    output_problems,
+    put_in_place,
+    work_directory,
+)
+from anchor_build.manifest import RELEASE, SUFFIX, Manifest, manifest_text, read_manifest
 from anchor_build.run import run, which
+from anchor_build.signing import SigningKey, open_key, sign_text
 from anchor_build.version import source_date_epoch
 
 # What the kernel or systemd mounts something on: the directories belong to an image, what is in them does not.
@@ -31,7 +40,7 @@ FORMATS = {
     "erofs": ("mkfs.erofs", "erofs-utils (deb and rpm)", "lz4hc"),
 }
 SQUASHFS_COMPRESSIONS = ("zstd", "gzip", "lz4", "xz", "lzo")
-EROFS_COMPRESSIONS = ("lz4hc", "lz4", "lzma", "none")
+EROFS_COMPRESSIONS = ("lz4hc", "lz4", "lzma", "deflate", "zstd", "none")
 # The image stage of dracut-modules that boots both.
 STAGE = "squashfs"
 # First bytes of a tar's compression, and the program that undoes it.
@@ -45,6 +54,8 @@ COMPRESSED = (
 TAR_MAGIC = (257, b"ustar")
 SQUASHFS_MAGIC = (0, b"hsqs")
 EROFS_MAGIC = (1024, b"\xe2\xe1\xf5\xe0")
+MODULES = re.compile(r"(?:usr/)?lib/modules/([^/]+)/modules\.dep", re.DOTALL)
+MAX_TIME = 2**32 - 1
 NO_UUID = "00000000-0000-0000-0000-000000000000"
 PACK_TIMEOUT = 4 * 3600.0
 
@@ -87,50 +98,61 @@ class ImageBuild:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a tree holds outside of pseudo file systems: `unpacked` bytes of files, the newest time (seconds)."""
+    """What a tree holds outside of pseudo file systems: `unpacked` bytes of files, the newest time (seconds).
+
+    `strange_kernels` are directories of modules with names that no kernel and no manifest has.
+    """
 
     entries: int
     unpacked: int
     newest: int
     kernels: tuple[str, ...]
+    strange_kernels: tuple[str, ...]
 
 
 def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
     """Make the image, its manifest and its report; return the report.
 
-    All three appear whole or not at all, the image first. An image that is there already is only given a new manifest.
+    All three appear whole or not at all, the image first. An image that is there already is only given a new manifest;
+    where it stays in its place it is not touched. Files that are replaced leave owner and mode to the new ones.
+
     Raises AnchorError for whatever is missing or fails, UsageError for what cannot be an image's source.
     """
-    kind = _source_kind(build)
-    _check_host(build, kind)
-    with disk_errors(), work_directory() as work, beside(build.output) as partial, ExitStack() as stack:
-        facts: dict[str, Any] = {"source": kind}
-        if kind == "image":
-            facts |= _take_over(build.source or build.output, partial)
+    with disk_errors(), disk_hints(), ExitStack() as stack:
+        kind = _source_kind(build)
+        _check_host(build, kind)
+        epoch = source_date_epoch()
+        # What is wrong with the key is said before the work, and a passphrase asked for while somebody is there.
+        key = open_key(build.sign_key, build.sign_pass_file) if build.sign_key else None
+        work = stack.enter_context(work_directory())
+        facts: dict[str, Any] = {"source": kind, "warnings": []}
+        finished: list[tuple[Path, Path]] = []
+        if kind == "image" and build.source and build.output.resolve() == build.source.resolve():
+            image = build.source
         else:
-            tree, more = _tree(build, kind, work, step)
-            contents = examine(tree)
-            facts |= more | _pack(build, tree, contents, partial, work, step, owned=kind != "directory")
-        with step("take the digest"), partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size = partial.stat().st_size
-        manifest = _manifest(build, facts, sha256, size)
+            image = stack.enter_context(beside(build.output))
+            finished.append((image, build.output))
+        if kind == "image":
+            facts |= _take_over(build.source or build.output, image, step)
+        else:
+            # A distribution is made of files of today.
+            epoch = int(time.time()) if epoch is None and kind == "distribution" else epoch
+            tree, more = _tree(build, kind, work, step, epoch)
+            facts |= more | _pack(build, tree, image, work, step, epoch, owned=kind != "directory")
+        with step("take the digest"):
+            sha256 = file_digest(image)
+        manifest = _manifest(build, facts, sha256, image.stat().st_size)
         text = manifest_text(manifest)
-        if build.sign_key:
+        if key is not None:
             with step("sign the manifest"):
-                text = sign_text(text, build.sign_key, build.sign_pass_file)
-        report = _report(build, facts, manifest)
-        manifest_partial = stack.enter_context(beside(build.manifest_file))
-        report_partial = stack.enter_context(beside(build.report_file))
-        manifest_partial.write_text(text, encoding="ascii")
-        report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        for path, target in (
-            (partial, build.output),
-            (manifest_partial, build.manifest_file),
-            (report_partial, build.report_file),
-        ):
-            path.chmod(0o644)
-            path.replace(target)
+                text = sign_text(text, key)
+        report = _report(build, facts, manifest, key)
+        for path, content in ((build.manifest_file, text), (build.report_file, json.dumps(report, indent=2) + "\n")):
+            partial = stack.enter_context(beside(path))
+            partial.write_text(content, encoding="ascii")
+            finished.append((partial, path))
+        for partial, target in finished:
+            put_in_place(partial, target)
     return report
 
 
@@ -141,7 +163,14 @@ def _source_kind(build: ImageBuild) -> str:
         raise UsageError(f"{build.source}: there is no such file or directory")
     if build.source.is_dir():
         return "directory"
-    if image_format(build.source):
+    if not build.source.is_file():
+        raise UsageError(f"{build.source}: is neither a directory nor a plain file")
+    if found := image_format(build.source):
+        if build.compression or found != build.format:
+            raise UsageError(
+                f"{build.source}: is a {found} image already, and only gets a new manifest",
+                "--format and --compression are for making an image of a directory, a tar or a distribution",
+            )
         return "image"
     head = _head(build.source)
     if head[TAR_MAGIC[0] :].startswith(TAR_MAGIC[1]) or any(head.startswith(magic) for magic, _ in COMPRESSED):
@@ -179,6 +208,8 @@ def _check_host(build: ImageBuild, kind: str) -> None:
         problems.append(f"--output {build.output}: lies inside {build.source}")
     if build.sign_key and which("openssl") is None:
         problems.append("openssl is missing: install openssl (deb and rpm)")
+    if build.distribution is not None:
+        problems += distribution_problems(build.distribution)
     if problems:
         raise AnchorError("\n".join(problems))
 
@@ -194,7 +225,7 @@ def _compression(build: ImageBuild) -> tuple[str, str]:
     return name, level
 
 
-def _tree(build: ImageBuild, kind: str, work: Path, step: Step) -> tuple[Path, dict[str, Any]]:
+def _tree(build: ImageBuild, kind: str, work: Path, step: Step, epoch: int | None) -> tuple[Path, dict[str, Any]]:
     """Return the directory to pack, and what the report says about where it came from."""
     source = build.source or Path()  # a distribution has none
     if kind == "directory":
@@ -203,11 +234,11 @@ def _tree(build: ImageBuild, kind: str, work: Path, step: Step) -> tuple[Path, d
     tree.mkdir(mode=0o755)
     if build.distribution is not None:
         with step(f"build a tree of {build.distribution.name}"):
-            return build_tree(build.distribution, tree, work, unpack), {"distribution": build.distribution.name}
+            facts = build_tree(build.distribution, tree, work, unpack, epoch or 0)
+        return tree, {"distribution": build.distribution.name, **facts}
     with step(f"unpack {source.name}"):
         unpack(source, tree)
-    with source.open("rb") as file:
-        return tree, {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return tree, {"source_sha256": file_digest(source)}
 
 
 def unpack(archive: Path, tree: Path) -> None:
@@ -230,36 +261,51 @@ def _walk(tree: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Yield each path below a tree but those of pseudo file systems, in order, relative to it."""
     yield "", tree.lstat()
     pending = [""]
-    while pending:
-        directory = pending.pop()
-        for entry in sorted(os.scandir(tree / directory), key=lambda e: e.name):
-            path = f"{directory}/{entry.name}" if directory else entry.name
-            yield path, entry.stat(follow_symlinks=False)
-            if entry.is_dir(follow_symlinks=False) and path not in PSEUDO:
-                pending.append(path)
+    try:
+        while pending:
+            directory = pending.pop()
+            for entry in sorted(os.scandir(tree / directory), key=lambda e: e.name):
+                path = f"{directory}/{entry.name}" if directory else entry.name
+                yield path, entry.stat(follow_symlinks=False)
+                if entry.is_dir(follow_symlinks=False) and path not in PSEUDO:
+                    pending.append(path)
+    except OSError as error:
+        raise AnchorError(
+            f"{printable(str(error.filename))}: {error.strerror}", "does something change or protect the tree?"
+        ) from None
 
 
 def examine(tree: Path) -> Contents:
     """Look at everything that will be packed."""
     entries = unpacked = newest = 0
-    linked = set()
-    for _, facts in _walk(tree):
+    linked, found = set(), set()
+    for path, facts in _walk(tree):
         entries += 1
+        if modules := MODULES.fullmatch(path):
+            found.add(modules[1])
         newest = max(newest, int(facts.st_mtime))
         if not stat.S_ISREG(facts.st_mode) or (facts.st_dev, facts.st_ino) in linked:
             continue
         if facts.st_nlink > 1:
             linked.add((facts.st_dev, facts.st_ino))
         unpacked += facts.st_size
-    found = {path.parent.name for top in ("lib", "usr/lib") for path in tree.glob(f"{top}/modules/*/modules.dep")}
-    return Contents(entries, unpacked, newest, tuple(sorted(found)))
+    kernels = {name for name in found if RELEASE.fullmatch(name)}
+    return Contents(entries, unpacked, newest, tuple(sorted(kernels)), tuple(sorted(found - kernels)))
 
 
 def _pack(
-    build: ImageBuild, tree: Path, contents: Contents, output: Path, work: Path, step: Step, *, owned: bool
+    build: ImageBuild, tree: Path, output: Path, work: Path, step: Step, epoch: int | None, *, owned: bool
 ) -> dict[str, Any]:
     """Write the file system; `owned` says that the tree is ours to change. Return facts for manifest and report."""
-    lacking = {name: mode for name, mode in PSEUDO.items() if not (tree / name).is_dir()}
+    contents = examine(tree)
+    found = {name: (tree / name).lstat().st_mode for name in PSEUDO if os.path.lexists(tree / name)}
+    # A link is no place to mount something on: it may lead out of the image.
+    if wrong := [f"/{name}" for name, mode in found.items() if not stat.S_ISDIR(mode)]:
+        raise AnchorError(
+            f"{build.source or tree}: {' and '.join(wrong)} must be a directory, which a root mounts something on",
+            "is this the root of a system?",
+        )
+    lacking = {name: mode for name, mode in PSEUDO.items() if name not in found}
     if owned:
         for name, mode in lacking.items():
             (tree / name).mkdir(mode=mode)
@@ -269,18 +315,25 @@ def _pack(
             f"{build.source}: has no directory {', '.join(f'/{name}' for name in lacking)}, which a root needs",
             "make it (mkfs.erofs cannot add one), or use --format squashfs",
         )
-    when = _epoch(contents)
+    # The time that no file in the image is newer than. A clock reading would make two images of the same input differ.
+    # Both file systems count from 1970; squashfs ends in 2106.
+    when = min(max(contents.newest, 0), MAX_TIME) if epoch is None else epoch
     if owned and tree.stat().st_mtime > when:
         os.utime(tree, (when, when))
-    argv = pack_arguments(build, tree, output, lacking)
+    argv = pack_arguments(build, tree, output, lacking, _erofs_options() if build.format == "erofs" else ())
     log = work / "pack.log"
     # A file that is there would be added to (mksquashfs).
     output.unlink()
     title = f"pack {contents.entries} entries, {contents.unpacked / 1e6:.0f} MB, as {build.format}"
-    with step(title, lambda: _progress(log)):
+    with step(title, lambda: _progress(log, output)):
         # Both programs give files that are newer than SOURCE_DATE_EPOCH that time.
         run(argv, env={"SOURCE_DATE_EPOCH": str(when)}, log=log, timeout=PACK_TIMEOUT)
+    warnings = [
+        f"lib/modules/{printable(name)}: is not the name of a kernel release, so the manifest does not have it"
+        for name in contents.strange_kernels
+    ]
     return {
+        "warnings": warnings,
         "format": build.format,
         "compression": ":".join(filter(None, _compression(build))),
         "entries": contents.entries,
@@ -290,24 +343,30 @@ def _pack(
     }
 
 
-def _epoch(contents: Contents) -> int:
-    """Return the time that no file in the image is newer than: SOURCE_DATE_EPOCH, else that of the newest file.
-
-    A clock reading would make two images of the same input differ.
-    """
-    given = source_date_epoch()
-    return contents.newest if given is None else given
+def _erofs_options() -> list[str]:
+    """Return what the mkfs.erofs of this host has to be told."""
+    done = run(["mkfs.erofs", "--help"], check=False)
+    # Since 1.6 blocks are as large as this host's pages; a kernel with smaller ones does not mount them.
+    return ["-b4096"] if "\n -b#" in done.stdout + done.stderr else []
 
 
-def pack_arguments(build: ImageBuild, tree: Path, output: Path, lacking: Mapping[str, int]) -> list[str]:
+def pack_arguments(
+    build: ImageBuild, tree: Path, output: Path, lacking: Mapping[str, int], erofs_options: Sequence[str] = ()
+) -> list[str]:
     """Return the command that packs a tree: all processors, xattrs kept, nothing from pseudo file systems.
 
-    `lacking` are directories to add, with their modes.
+    `lacking` are directories to add, with their modes; `erofs_options` come before the others.
     """
     name, level = _compression(build)
     if build.format == "erofs":
-        # One processor: mkfs.erofs has no threads before 1.8.
-        argv = ["mkfs.erofs", "-U", NO_UUID, *(f"--exclude-regex=^{directory}/" for directory in PSEUDO)]
+        # mkfs.erofs uses all processors by itself since 1.8, and one before.
+        argv = [
+            "mkfs.erofs",
+            "-U",
+            NO_UUID,
+            *erofs_options,
+            *(f"--exclude-regex=^{directory}/" for directory in PSEUDO),
+        ]
         argv += [] if name == "none" else [f"-z{name}{',' if level else ''}{level}"]
         return [*argv, str(output), str(tree)]
     argv = ["mksquashfs", str(tree), str(output), "-noappend", "-xattrs", "-progress", "-comp", name]
@@ -319,33 +378,33 @@ def pack_arguments(build: ImageBuild, tree: Path, output: Path, lacking: Mapping
     return [*argv, "-wildcards", "-e", *patterns]
 
 
-def _progress(log: Path) -> str:
-    """Return the last percentage in a log."""
+def _progress(log: Path, output: Path) -> str:
+    """Return the last percentage in a log; mkfs.erofs tells none, but what it has written can be seen."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 300))
             found = re.findall(rb"(\d+)%", file.read())
+        return f"{found[-1].decode()} %" if found else f"{output.stat().st_blocks * 512 / 1e6:.0f} MB written"
     except OSError:
         return ""
-    return f"{found[-1].decode()} %" if found else ""
 
 
-def _take_over(source: Path, partial: Path) -> dict[str, Any]:
-    """Copy an image that is there already; what the manifest beside it says of its contents still holds."""
-    shutil.copyfile(source, partial)
+def _take_over(source: Path, image: Path, step: Step) -> dict[str, Any]:
+    """Copy an image that is there already, unless it stays; what its manifest says of its contents still holds."""
+    if image != source:
+        with step(f"copy {source.name}, {source.stat().st_size / 1e6:.0f} MB"):
+            shutil.copyfile(source, image)
     old_file = source.with_name(source.name + SUFFIX)
     facts: dict[str, Any] = {"format": image_format(source)}
-    if old_file.is_file():
+    if not old_file.is_file():
+        return facts
+    try:
         old, _ = read_manifest(old_file)
-        with source.open("rb") as file:
-            if old.sha256 == hashlib.file_digest(file, "sha256").hexdigest():
-                return facts | {
-                    "unpacked": old.unpacked,
-                    "kernels": old.kernels,
-                    "mirrors": old.mirrors,
-                    "peers": old.peers,
-                }
-    return facts
+    except AnchorError as error:
+        return facts | {"warnings": [f"{error.message}; kernels and places that it named are lost"]}
+    if (old.size, old.sha256) != (source.stat().st_size, file_digest(source)):
+        return facts | {"warnings": [f"{old_file}: was the manifest of another image; nothing is taken from it"]}
+    return facts | {name: getattr(old, name) for name in ("unpacked", "kernels", "mirrors", "peers", "notes")}
 
 
 def published_name(output: Path, sha256: str) -> str:
@@ -370,6 +429,7 @@ def _manifest(build: ImageBuild, facts: Mapping[str, Any], sha256: str, size: in
         kernels=tuple(facts.get("kernels", ())),
         mirrors=_places(build.urls, name) or tuple(facts.get("mirrors", ())),
         peers=_places(build.peers, name) or tuple(facts.get("peers", ())),
+        notes=tuple(facts.get("notes", ())),
     )
 
 
@@ -377,9 +437,9 @@ def _places(urls: Sequence[str], name: str) -> tuple[str, ...]:
     return tuple(f"{url}{name}" if url.endswith("/") else url for url in urls)
 
 
-def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    warnings = []
-    if not build.sign_key:
+def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest, key: SigningKey | None) -> dict[str, Any]:
+    warnings = list(facts["warnings"])
+    if key is None:
         warnings.append("the manifest is not signed (--sign-key): only the server vouches for it")
     elif build.valid_for is None:
         warnings.append("the manifest does not expire (--valid-for): whoever keeps it can serve it for ever")
@@ -393,7 +453,8 @@ def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest) -> 
         "bytes": manifest.size,
         "created": manifest.created,
         "expires": manifest.expires,
-        "signed": bool(build.sign_key),
+        "signed": key is not None,
+        "signed_by": key.public.fingerprint if key else None,
         "urls": [*manifest.mirrors, *manifest.peers],
         "anchor_build": __version__,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()},

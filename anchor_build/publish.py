@@ -1,14 +1,16 @@
 """Puts an image and its manifest where nodes fetch them: the image first, the manifest last, so none sees half of it.
 
 The image goes under a name with its digest in it, so that a node that has the manifest of yesterday still finds the
-image of yesterday. For S3 the client is curl, which every builder has, signs requests itself (SigV4, since 7.75), and
-takes the secrets from standard input; a library of a cloud's own would be a hundred times the size.
+image of yesterday. For S3 the client is curl, which every builder has; a library of a cloud's own would be a hundred
+times the size. Requests are signed here (SigV4): curl does so only since 7.87 in the way that S3 wants, and Enterprise
+Linux 9 has 7.76.
 """
 
 from __future__ import annotations
 
 import configparser
 import hashlib
+import hmac
 import os
 import re
 import shutil
@@ -17,24 +19,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import beside, disk_errors
-from anchor_build.manifest import SUFFIX, Manifest, PublicKey, read_manifest, split_manifest, verify_signature
+from anchor_build.files import beside, disk_errors, file_digest, put_in_place
+from anchor_build.manifest import MAX_BYTES, SUFFIX, Manifest, parse_manifest, read_manifest, split_manifest
 from anchor_build.run import run
+from anchor_build.signing import PublicKey, verify_signature
 
 Step = Callable[[str], AbstractContextManager[None]]
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9._/-]*))?")
 # The largest object of one PUT request (docs: Amazon S3, "Uploading objects"); multipart uploads are not made here.
 S3_MAX_BYTES = 5 * 2**30
 STALL_S = 60
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 HINTS = {
     "NoSuchBucket": "make the bucket first",
     "SignatureDoesNotMatch": "is the secret key right, and the clock of this host?",
     "InvalidAccessKeyId": "is the access key right?",
-    "AccessDenied": "may these credentials write there? (AWS_ACCESS_KEY_ID, AWS_PROFILE)",
+    "AccessDenied": "may these credentials list the bucket, and read and write there? (AWS_ACCESS_KEY_ID, AWS_PROFILE)",
     "AuthorizationHeaderMalformed": "name the service's region: --region",
     "RequestTimeTooSkewed": "set the clock of this host",
 }
@@ -48,6 +54,9 @@ class Target(Protocol):
 
     def put(self, name: str, path: Path, sha256: str) -> None:
         """Put a file there, whole or not at all."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return a manifest that is there, None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,17 @@ class Directory:
             shutil.copyfile(path, partial)
             if file_digest(partial) != sha256:
                 raise AnchorError(f"{self.path / name}: was not copied as it is", "did something change it meanwhile?")
-            partial.chmod(0o644)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.replace(self.path / name)
+            put_in_place(partial, self.path / name)
+
+    def read(self, name: str) -> bytes | None:
+        """Read it, up to a little more than a manifest may have."""
+        try:
+            with (self.path / name).open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -94,38 +110,50 @@ class Bucket:
 
     def has(self, name: str, path: Path, sha256: str) -> bool:
         """Ask for the object's size and the digest that `put` left with it."""
-        status, headers, _ = self._request(name, "--head")
+        status, headers, _ = self._request("HEAD", name, "--head")
         if status == 404:
             return False
         if status != 200:
             # An answer to HEAD has no body that would say why.
-            status, _, body = self._request(name)
+            status, _, body = self._request("GET", name)
             raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
         return headers.get("content-length") == str(path.stat().st_size) and headers.get("x-amz-meta-sha256") == sha256
 
     def put(self, name: str, path: Path, sha256: str) -> None:
         """Upload; the service checks the digest, which is part of the signature."""
-        options = ["--upload-file", str(path), "--header", f"x-amz-meta-sha256: {sha256}"]
-        status, _, body = self._request(name, *options, payload=sha256)
+        status, _, body = self._request("PUT", name, "--upload-file", str(path.absolute()), payload=sha256)
         if status != 200:
             raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
         if not self.has(name, path, sha256):
             raise AnchorError(f"{self.base}/{self.prefix}{name}: is not there as it was uploaded")
 
+    def read(self, name: str) -> bytes | None:
+        """Fetch it."""
+        # 416: an empty object has no such range.
+        status, _, body = self._request("GET", name, "--range", f"0-{MAX_BYTES}")
+        if status not in (200, 206, 404, 416):
+            raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
+        return body.encode("utf-8", errors="replace") if status in (200, 206) else None
+
     def _request(
-        self, name: str, *options: str, payload: str = "UNSIGNED-PAYLOAD"
+        self, method: str, name: str, *options: str, payload: str = EMPTY_SHA256
     ) -> tuple[int, Mapping[str, str], str]:
         """Return status, headers (lower case) and body. Raises AnchorError without an answer."""
         url = f"{self.base}/{self.prefix}{name}"
+        headers = {"x-amz-content-sha256": payload}
+        headers |= {"x-amz-meta-sha256": payload} if method == "PUT" else {}
+        headers |= {"x-amz-security-token": self.credentials.token} if self.credentials.token else {}
+        signed = sign_request(method, url, headers, self.region, self.credentials, datetime.now(UTC))
         with tempfile.TemporaryDirectory(prefix="anchor-publish-") as top:
             head, body = Path(top, "head"), Path(top, "body")
             argv = ["curl", "--disable", "--silent", "--show-error", "--config", "-", "--path-as-is", "--globoff"]
-            argv += ["--aws-sigv4", f"aws:amz:{self.region}:s3", "--header", f"x-amz-content-sha256: {payload}"]
             argv += ["--dump-header", str(head), "--output", str(body), "--write-out", "%{http_code}"]
             argv += ["--connect-timeout", "20", "--speed-limit", "1", "--speed-time", str(STALL_S)]
             argv += ["--retry", "4", "--retry-connrefused"]
             argv += ["--cacert", str(self.ca)] if self.ca else []
-            done = run([*argv, *options, url], input_text=self._secrets(), check=False)
+            # Whoever sees the arguments of a process must not see what it may do.
+            config = "".join(f'header = "{_quoted(key)}: {_quoted(value)}"\n' for key, value in signed.items())
+            done = run([*argv, *options, url], input_text=config, check=False)
             if done.status != 0:
                 raise AnchorError(f"{url}: {done.stderr.strip()[-500:] or f'curl ended with status {done.status}'}")
             lines = head.read_text("latin-1").splitlines()
@@ -134,11 +162,30 @@ class Bucket:
             text = body.read_text("utf-8", errors="replace") if body.exists() else ""
         return int(done.stdout[-3:]), headers, text
 
-    def _secrets(self) -> str:
-        keys = self.credentials
-        lines = [f'user = "{_quoted(keys.access_key)}:{_quoted(keys.secret_key)}"']
-        lines += [f'header = "x-amz-security-token: {_quoted(keys.token)}"'] if keys.token else []
-        return "\n".join(lines) + "\n"
+
+def sign_request(
+    method: str, url: str, headers: Mapping[str, str], region: str, credentials: Credentials, now: datetime
+) -> dict[str, str]:
+    """Return the headers of a request, in lower case, with those that sign it: AWS Signature Version 4.
+
+    `headers` are in lower case and have x-amz-content-sha256; the URL's path is as it is sent, without a query.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    """
+    where = urlsplit(url)
+    time_, scope = now.strftime("%Y%m%dT%H%M%SZ"), f"{now:%Y%m%d}/{region}/s3/aws4_request"
+    # As curl sends it: the port stays away where it is the scheme's own.
+    host = where.netloc.lower().removesuffix({"https": ":443", "http": ":80"}[where.scheme])
+    signed = dict(sorted({**headers, "host": host, "x-amz-date": time_}.items()))
+    names = ";".join(signed)
+    lines = [method, where.path, "", *(f"{key}:{value}" for key, value in signed.items()), "", names]
+    request = "\n".join([*lines, headers["x-amz-content-sha256"]])
+    to_sign = f"AWS4-HMAC-SHA256\n{time_}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
+    secret = f"AWS4{credentials.secret_key}".encode()
+    for word in (*scope.split("/"), to_sign):
+        secret = hmac.digest(secret, word.encode(), "sha256")
+    names = f"SignedHeaders={names}, Signature={secret.hex()}"
+    signed["authorization"] = f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, {names}"
+    return signed
 
 
 def _quoted(text: str) -> str:
@@ -152,12 +199,6 @@ def _s3_error(url: str, status: int, body: str) -> AnchorError:
     )
     told = ": ".join(filter(None, (f"{url}: the service answered {status}", code, message)))
     return AnchorError(told, HINTS.get(code, ""))
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_target(to: str, *, endpoint: str = "", region: str = "", ca: Path | None = None) -> Target:
@@ -182,8 +223,13 @@ def find_target(to: str, *, endpoint: str = "", region: str = "", ca: Path | Non
     env = os.environ
     where = region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"
     service = (endpoint or env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or "").rstrip("/")
-    if service and not re.fullmatch(r"https?://[^/\s]+", service):
+    if service and not re.fullmatch(r"https?://[^/\s@]+", service):
         raise UsageError(f"--endpoint {service}: is not a URL such as https://HOST:PORT")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", where):
+        raise UsageError(f"--region {where}: is not the name of a region such as us-east-1")
+    if not service and "." in bucket:
+        # The service's certificate is for one more name only.
+        service = f"https://s3.{where}.amazonaws.com"
     base = f"{service}/{bucket}" if service else f"https://{bucket}.s3.{where}.amazonaws.com"
     return Bucket(base, f"{prefix}/" if prefix else "", where, find_credentials(env), ca)
 
@@ -228,6 +274,8 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
     manifest_file = image.with_name(image.name + SUFFIX)
     with step("verify the image, its manifest and the signature"), disk_errors():
         manifest, sha256 = _verified(image, manifest_file, keys)
+    name = manifest_file.name
+    _refuse_older(image, manifest, target, name, keys)
     report: dict[str, Any] = {"to": to, "signed_by": None, "files": []}
     _, data = read_manifest(manifest_file)
     if keys:
@@ -240,6 +288,9 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         started = time.monotonic()
         with step(f"publish {name}, {path.stat().st_size / 1e6:.1f} MB"), disk_errors():
             there = target.has(name, path, digest)
+            if not there and path == manifest_file:
+                # Somebody else may have published while the image was on its way.
+                _refuse_older(image, manifest, target, name, keys)
             if not there:
                 target.put(name, path, digest)
         report["files"].append(
@@ -252,6 +303,33 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
             }
         )
     return report
+
+
+def _refuse_older(image: Path, manifest: Manifest, target: Target, name: str, keys: Sequence[PublicKey]) -> None:
+    """Refuse to replace a newer manifest; one that nodes would not believe does not count."""
+    with disk_errors():
+        data = target.read(name)
+    if data is None:
+        return
+    try:
+        there = parse_manifest(data)
+        if keys:
+            verify_signature(data, keys)
+    except AnchorError:
+        return
+    if there.created > manifest.created:
+        raise AnchorError(
+            f"{name} is there already, and newer: of {_date(there.created)}, while {image}{SUFFIX} is of "
+            f"{_date(manifest.created)}",
+            f"if nodes are to go back to this image, make it the newest: anchor-build image {image} --sign-key KEY",
+        )
+
+
+def _date(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} s after 1970"
 
 
 def _verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tuple[Manifest, str]:

@@ -105,24 +105,6 @@ def run(
     return Completed(tuple(words), child.returncode, out or "", err or "")
 
 
-def run_at_terminal(argv: Sequence[str | Path]) -> Completed:
-    """Run a program that may ask its user for a secret, and return how it ended, with its errors.
-
-    It keeps the caller's terminal and process group, so that it can ask and Ctrl-C ends it. Its standard output is not
-    returned. Raises AnchorError when the program is missing.
-    """
-    words = [str(word) for word in argv]
-    try:
-        done = subprocess.run(
-            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise AnchorError(
-            f"{words[0]}: program not found", "`anchor-build doctor` names the package that has it"
-        ) from None
-    return Completed(tuple(words), done.returncode, "", done.stderr)
-
-
 def start(
     argv: Sequence[str | Path],
     *,

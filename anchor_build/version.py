@@ -225,11 +225,13 @@ def _declaration(top: Path) -> str:
 def source_date_epoch() -> int | None:
     """Return SOURCE_DATE_EPOCH in seconds, None where it is not set (reproducible-builds.org/specs/source-date-epoch).
 
-    Raises AnchorError when it is no number.
+    Raises AnchorError when it is no number, or later than the 32 bits of rpm, cpio and squashfs reach (2106).
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
-    if given is not None and not given.isdigit():
+    if given is not None and not re.fullmatch(r"[0-9]+", given):
         raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is not a number of seconds")
+    if given is not None and (len(given) > 10 or int(given) >= 2**32):
+        raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is later than 2106, the last year that file systems can note")
     return None if given is None else int(given)
 
 

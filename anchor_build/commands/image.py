@@ -20,9 +20,16 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--compression", default="", metavar="NAME[:LEVEL]", help="Default: zstd:6 (squashfs), lz4hc (erofs).")
 @click.option("--distribution", metavar="NAME:VERSION", help="Install a distribution instead: debian:bookworm.")
-@click.option("--package", "packages", multiple=True, metavar="NAME", help="A package of it. May be repeated.")
+@click.option(
+    "--package",
+    "packages",
+    multiple=True,
+    metavar="NAMES",
+    help="Packages of it, with commas. May be repeated.",
+)
+@click.option("--variant", default="", help="How much is there without --package (mmdebstrap). Default: minbase.")
 @click.option("--mirror", "mirrors", multiple=True, metavar="URL", help="Where its packages are. May be repeated.")
-@click.option("--mirror-key", type=FILE, metavar="FILE", help="The public keys that sign these packages.")
+@click.option("--mirror-key", type=FILE, metavar="FILE", help="The public keys that sign its packages.")
 @click.option(
     "--url",
     "urls",
@@ -34,7 +41,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--sign-key", default="", metavar="FILE|URI", help="A private key (PEM), or a PKCS#11 URI, that signs it."
 )
-@click.option("--sign-pass-file", type=FILE, metavar="FILE", help="The key's passphrase or PIN. Default: openssl asks.")
+@click.option("--sign-pass-file", type=FILE, metavar="FILE", help="The key's passphrase or PIN. Default: ask.")
 @json_option
 @click.pass_obj
 def command(
@@ -45,6 +52,7 @@ def command(
     compression: str,
     distribution: str | None,
     packages: tuple[str, ...],
+    variant: str,
     mirrors: tuple[str, ...],
     mirror_key: Path | None,
     urls: tuple[str, ...],
@@ -63,16 +71,21 @@ def command(
     Examples:
       anchor-build image rootfs.tar.zst -o node.squashfs --sign-key manifest.key --valid-for 30d
       anchor-build image --distribution debian:bookworm --package systemd-sysv,linux-image-cloud-amd64 -o node.erofs
+      anchor-build image --distribution rocky:9 --mirror https://mirror.example/9/BaseOS/ --mirror-key rocky.key
+      anchor-build image node.tar --sign-key "pkcs11:token=site;object=manifest;type=private" --url https://store/el9/
       anchor-build image node.squashfs --sign-key manifest.key --valid-for 30d
     """  # noqa: D301
-    from anchor_build.distribution import Distribution, known_sources
+    from anchor_build.distribution import VARIANTS, Distribution, known_packages, known_sources
+    from anchor_build.files import disk_errors
     from anchor_build.image import ImageBuild, build_image, image_format
     from anchor_build.paramtypes import InvalidValueError, check_value
 
     if (source is None) == (distribution is None):
         raise click.UsageError("Give either SOURCE or --distribution.")
-    if source is not None and (packages or mirrors or mirror_key):
-        raise click.UsageError("--package, --mirror and --mirror-key belong to --distribution.")
+    if source is not None and (packages or mirrors or mirror_key or variant):
+        raise click.UsageError("--package, --variant, --mirror and --mirror-key belong to --distribution.")
+    if variant and variant not in VARIANTS:
+        raise click.UsageError(f"--variant {variant}: is none of {', '.join(VARIANTS)}.")
     if sign_pass_file is not None and not sign_key:
         raise click.UsageError("--sign-pass-file belongs to --sign-key.")
     seconds = None
@@ -84,16 +97,22 @@ def command(
             seconds = int(check_value("duration", valid_for, {"min": 60}))
     except InvalidValueError as error:
         raise click.UsageError(f"{url}: {error}.") from None
-    ready = image_format(source) if source is not None and source.is_file() else ""
+    with disk_errors():
+        ready = image_format(source) if source is not None and source.is_file() else ""
     if ready and output is None:
         output = source
     kind = format_ or ready or ("erofs" if output and output.suffix in (".erofs", ".ero") else "squashfs")
     if output is None:
-        output = Path(f"{(source or Path(str(distribution).replace(':', '-'))).name.split('.tar')[0]}.{kind}")
+        name = source.resolve().name.split(".tar")[0] if source else str(distribution).replace(":", "-")
+        if not name:
+            raise click.UsageError("Name the image: -o FILE.")
+        output = Path(f"{name}.{kind}")
     build = ImageBuild(
         output=output,
         source=source,
-        distribution=Distribution(distribution, packages, known_sources(mirrors), mirror_key) if distribution else None,
+        distribution=Distribution(distribution, known_packages(packages), known_sources(mirrors), mirror_key, variant)
+        if distribution
+        else None,
         format=kind,
         compression=compression,
         urls=urls,
@@ -111,6 +130,5 @@ def command(
         console.json(report)
         return
     click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB {report['format']}, sha256 {report['sha256']}")
-    console.info(
-        f"manifest: {build.manifest_file}{' (signed)' if report['signed'] else ''}; report: {build.report_file}"
-    )
+    signed = f", signed by {report['signed_by']}" if report["signed"] else ""
+    console.info(f"manifest: {build.manifest_file}{signed}; report: {build.report_file}")

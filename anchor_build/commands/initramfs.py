@@ -81,9 +81,10 @@ def command(
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.kernel import find_kernel
-    from anchor_build.manifest import read_public_keys, read_since
+    from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile
     from anchor_build.settings import read_ca, read_settings
+    from anchor_build.signing import read_public_keys
 
     if manifest_since and not manifest_keys:
         raise click.UsageError("--manifest-since needs --manifest-key: without a key anybody can date a manifest.")

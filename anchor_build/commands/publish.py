@@ -49,8 +49,8 @@ def command(
       anchor-build publish node.squashfs --to /srv/images --manifest-key manifest.pub
       anchor-build publish node.squashfs --to s3://images/el9 --endpoint https://s3.example --manifest-key k.pub
     """  # noqa: D301
-    from anchor_build.manifest import read_public_keys
     from anchor_build.publish import find_target, publish
+    from anchor_build.signing import read_public_keys
 
     target = find_target(to, endpoint=endpoint, region=region, ca=ca)
     report = publish(image, to, target, read_public_keys(manifest_keys), console.step)

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
 import tarfile
 import tempfile
@@ -21,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from anchor_build.distribution import host_sources
 from anchor_build.errors import AnchorError, ProcessError
-from anchor_build.run import run, start, stop, which
+from anchor_build.run import run, start, stop
 
 # Where the demo and the tests keep images; nothing in it is needed, all of it can be made again.
 CACHE = Path(__file__).parents[2] / ".cache" / "site"
@@ -114,23 +114,6 @@ def build_image(cache: Path, *, authorized_key: str, suite: str = "bookworm") ->
     return SiteImage(target / "image.squashfs", target / "vmlinuz", modules, release, facts["sha256"])
 
 
-def mirrors(suite: str) -> list[str]:
-    """Return apt source lines for `suite` on the Debian mirrors that this host uses; none on another system."""
-    system = platform.freedesktop_os_release()
-    codename = system.get("VERSION_CODENAME", "")
-    if system["ID"] != "debian" or not codename or which("apt-get") is None:
-        return []
-    # This needs no lists, unlike `apt-get indextargets`, and reads both formats of source files.
-    listed = run(["apt-get", "update", "--print-uris"]).stdout
-    found = set(re.findall(rf"^'(\S+)/dists/{codename}(-updates|-security|)/InRelease'", listed, re.MULTILINE))
-    # Other vendors name their suites after Debian's too, but only Debian has these two.
-    debian = {uri for uri, part in found if part}
-    if not any(part == "" for uri, part in found if uri in debian):
-        return []
-    parts = ("",) if suite in ("sid", "unstable") else ("", "-updates", "-security")
-    return [f"deb {uri} {suite}{part} main" for uri, part in sorted(found) if uri in debian and part in parts]
-
-
 @contextmanager
 def _locked(cache: Path) -> Iterator[None]:
     cache.mkdir(parents=True, exist_ok=True)
@@ -210,7 +193,7 @@ def _mmdebstrap(work: Path, suite: str) -> list[str | Path]:
         *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
         *(f"--customize-hook={hook}" for hook in hooks),
         *((f"--keyring={KEYRING}",) if KEYRING.exists() else ()),
-        *(suite, work / "root.tar", *mirrors(suite)),
+        *(suite, work / "root.tar", *host_sources("debian", suite)),
     ]
 
 

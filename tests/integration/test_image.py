@@ -214,6 +214,12 @@ def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_pat
         ((tree, "--url", "store"), 2, "is not a URL"),
         ((tree, "--package", "vim"), 2, "belong to --distribution"),
         ((tree, "--sign-key", tmp_path / "text"), 1, "private key, in PEM"),
+        (("/dev/null",), 2, "is neither a directory nor a plain file"),
+        (("--distribution", "debian:bookworm", "--mirror-key", "nosuch"), 1, "--mirror-key nosuch: there is no such"),
+        (("--distribution", "fedora:42", "--mirror", "https://m/"), 2, "needs --mirror-key FILE"),
+        (("--distribution", "fedora:42", "--variant", "apt"), 2, "--variant is for Debian"),
+        (("--distribution", "debian:bookworm", "--variant", "big"), 2, "is none of extract"),
+        (("--distribution", "debian:bookworm", "--package", "vim,-y"), 2, "is not the name of a package"),
         (("--distribution", "debian"), 2, "is not a name and a version"),
         ((), 2, "either SOURCE or --distribution"),
     ):
@@ -244,58 +250,97 @@ def test_sockets_of_a_running_system_do_no_harm(tree: Path, tmp_path: Path) -> N
     assert "run/s" not in inside(tmp_path / "node.squashfs", "squashfs", tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("dnf") is None, reason="dnf is missing")
-@pytest.mark.skipif(shutil.which("createrepo_c") is None, reason="createrepo_c is missing")
-def test_an_rpm_distribution_is_installed_from_its_mirrors(tmp_path: Path) -> None:
-    spec = tmp_path / "tiny.spec"
-    spec.write_text(
-        "Name: tiny\nVersion: 1\nRelease: 1\nSummary: x\nLicense: MIT\nBuildArch: noarch\n%description\nx\n"
-        "%install\nmkdir -p %{buildroot}/etc\necho from an rpm >%{buildroot}/etc/tiny\n%files\n/etc/tiny\n"
-    )
-    repository = tmp_path / "repo"
-    argv = ["rpmbuild", "-bb", "--quiet", "-D", f"_topdir {tmp_path}/rpm", "-D", f"_rpmdir {repository}", str(spec)]
-    subprocess.run(argv, check=True, capture_output=True, timeout=60)
-    home = tmp_path / "gnupg"
-    home.mkdir(mode=0o700)
-    gpg = ["gpg", "--homedir", str(home), "--batch", "--quiet"]
-    argv = [*gpg, "--passphrase", "", "--quick-gen-key", "site", "rsa2048", "sign", "never"]
-    subprocess.run(argv, check=True, capture_output=True, timeout=60)
-    key = tmp_path / "RPM-GPG-KEY"
-    subprocess.run([*gpg, "--armor", "--output", key, "--export", "site"], check=True, capture_output=True, timeout=60)
-    (package,) = repository.rglob("*.rpm")
-    argv = [
-        "rpmsign",
-        "--addsign",
-        "-D",
-        "__gpg /usr/bin/gpg",
-        "-D",
-        "_gpg_name site",
-        "-D",
-        f"_gpg_path {home}",
-        str(package),
-    ]
-    subprocess.run(argv, check=True, capture_output=True, timeout=60)
-    subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=True, capture_output=True, timeout=60)
-    subprocess.run(["createrepo_c", "--quiet", repository], check=True, capture_output=True, timeout=60)
-    image = tmp_path / "el.squashfs"
-    options: tuple[str | Path, ...] = (
-        "--distribution",
-        "site:9",
-        "--package",
-        "tiny",
-        "--mirror",
-        f"file://{repository}",
-    )
-    unsigned = run(*options, "-o", image)
-    assert (unsigned.returncode, "--mirror-key" in unsigned.stderr) == (1, True), unsigned.stderr
-    assert not image.exists()
-    options = (*options, "--mirror-key", key)
-    done = run(*options, "-o", image)
+def test_what_an_image_already_is_cannot_be_chosen(tree: Path, tmp_path: Path) -> None:
+    image = tmp_path / "node.squashfs"
+    assert run(tree, "-o", image).returncode == 0
+    for option in (("--format", "erofs"), ("--compression", "xz")):
+        done = run(image, *option)
+        assert (done.returncode, "is a squashfs image already" in done.stderr) == (2, True), done.stderr
+
+
+def test_renewing_leaves_the_image_alone(tree: Path, tmp_path: Path) -> None:
+    image, link = tmp_path / "real" / "node.squashfs", tmp_path / "node.squashfs"
+    image.parent.mkdir()
+    assert run(tree, "-o", image).returncode == 0
+    manifest = tmp_path / "node.squashfs.manifest"
+    (tmp_path / "real/node.squashfs.manifest").rename(manifest)
+    link.symlink_to(image)
+    for path, mode in ((image, 0o640), (manifest, 0o664)):
+        path.chmod(mode)
+        os.chown(path, 1, 42)
+    before = image.stat().st_mtime_ns, image.lstat().st_ino, image.stat().st_mode, image.stat().st_uid
+    assert run(link, "--valid-for", "30d").returncode == 0
+    assert link.is_symlink()
+    assert before == (image.stat().st_mtime_ns, image.lstat().st_ino, image.stat().st_mode, image.stat().st_uid)
+    facts = manifest.stat()
+    assert (facts.st_mode & 0o777, facts.st_uid, facts.st_gid) == (0o664, 1, 42)
+    assert read_manifest(manifest)[0].kernels == ("6.1.0-1",)
+
+
+def test_a_damaged_manifest_is_replaced(tree: Path, tmp_path: Path) -> None:
+    image, manifest = tmp_path / "node.squashfs", tmp_path / "node.squashfs.manifest"
+    assert run(tree, "-o", image).returncode == 0
+    for damage, warning in (
+        (manifest.read_bytes()[:40], "it was cut off"),
+        (manifest.read_bytes().replace(b"sha256 ", b"sha256 0")[:-1], "not a manifest"),
+    ):
+        manifest.write_bytes(damage)
+        done = run(image)
+        assert done.returncode == 0, done.stderr
+        assert warning in done.stderr
+        assert read_manifest(manifest)[0].size == image.stat().st_size
+
+
+def test_directories_of_modules_with_other_names_are_told(tree: Path, tmp_path: Path) -> None:
+    for name in ("6.1.0 copy", "new\nline"):
+        (tree / "lib/modules" / name).mkdir()
+        (tree / "lib/modules" / name / "modules.dep").write_text("")
+    # A link out of the tree would show the kernels of this host.
+    (tmp_path / "host/modules/9.9.9").mkdir(parents=True)
+    (tmp_path / "host/modules/9.9.9/modules.dep").write_text("")
+    (tree / "usr/lib").symlink_to(tmp_path / "host")
+    done = run(tree, "-o", tmp_path / "node.squashfs")
     assert done.returncode == 0, done.stderr
-    found = inside(image, "squashfs", tmp_path)
-    assert found["etc/tiny"][6] == b"from an rpm\n"
-    assert "var/cache/dnf" not in found
-    done = run(*options, "--package", "absent", "-o", tmp_path / "none.squashfs")
+    assert read_manifest(tmp_path / "node.squashfs.manifest")[0].kernels == ("6.1.0-1",)
+    assert "lib/modules/6.1.0 copy: is not the name of a kernel release" in done.stderr
+    assert "lib/modules/new\\nline: is not the name" in done.stderr
+
+
+def test_a_root_has_directories_to_mount_on(tree: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tree / "proc")
+    (tree / "proc").write_text("no directory")
+    shutil.rmtree(tree / "dev")
+    (tree / "dev").symlink_to("/dev")
+    archive = tmp_path / "root.tar"
+    subprocess.run(["tar", "--create", "--file", archive, "-C", tree, "."], check=True, timeout=60)
+    for source in (tree, archive):
+        done = run(source, "-o", tmp_path / "node.squashfs")
+        assert (done.returncode, "/dev and /proc must be a directory" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "node.squashfs").exists()
+
+
+@pytest.mark.parametrize("epoch", ["99999999999999999999", "4294967296", "-1", "²"])
+def test_a_time_that_cannot_be_is_refused(tree: Path, tmp_path: Path, epoch: str) -> None:
+    done = run(tree, "-o", tmp_path / "node.squashfs", SOURCE_DATE_EPOCH=epoch)
     assert done.returncode == 1
-    assert "absent" in done.stderr
-    assert not (tmp_path / "none.squashfs").exists()
+    assert done.stderr.startswith("error: SOURCE_DATE_EPOCH="), done.stderr
+
+
+def test_what_is_wrong_with_the_key_is_said_before_the_work(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "k").write_text("no key")
+    done = run(tree, "-o", tmp_path / "node.squashfs", "--sign-key", tmp_path / "k")
+    assert (done.returncode, "pack" in done.stderr) == (1, False), done.stderr
+
+
+def test_a_full_disk_is_told(tree: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    (tree / "etc/large").write_bytes(os.urandom(400_000))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], check=True)
+    try:
+        for kind in ("squashfs", "erofs"):
+            done = run(tree, "-o", small / f"node.{kind}")
+            assert (done.returncode, "make room where the output goes" in done.stderr) == (1, True), done.stderr
+            assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)

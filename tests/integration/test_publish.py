@@ -13,8 +13,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from anchor_build.manifest import Manifest, manifest_text, sign_text
-from anchor_build.publish import S3_MAX_BYTES, file_digest
+from anchor_build.files import file_digest
+from anchor_build.manifest import Manifest, manifest_text
+from anchor_build.publish import S3_MAX_BYTES
+from anchor_build.signing import open_key, sign_text
 from contrib.site import pki, servers
 from tests.integration.test_manifest_signing import make_key
 
@@ -48,7 +50,7 @@ class Pair:
         manifest = Manifest(
             image="squashfs", sha256=sha256, file=self.name, size=len(data), created=1_700_000_000, expires=expires
         )
-        self.manifest.write_text(sign_text(manifest_text(manifest), self.key))
+        self.manifest.write_text(sign_text(manifest_text(manifest), open_key(self.key)))
 
 
 @pytest.fixture

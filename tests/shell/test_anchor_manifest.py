@@ -16,9 +16,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from anchor_build.manifest import Manifest, manifest_text, sign_text
+from anchor_build.manifest import Manifest, manifest_text
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
+from anchor_build.signing import open_key, sign_text
 from tests.conftest import TOP, LayOut
 from tests.shell.conftest import Shell
 
@@ -123,7 +124,7 @@ class Keys:
 
     def sign(self, manifest: Manifest, key: str = "site") -> str:
         """Return the text of a signed manifest."""
-        return sign_text(manifest_text(manifest), str(self.top / f"{key}.key"))
+        return sign_text(manifest_text(manifest), open_key(str(self.top / f"{key}.key")))
 
     def public(self, name: str = "site") -> str:
         """Return a public key."""

@@ -41,6 +41,8 @@ FORMATS = {
 }
 SQUASHFS_COMPRESSIONS = ("zstd", "gzip", "lz4", "xz", "lzo")
 EROFS_COMPRESSIONS = ("lz4hc", "lz4", "lzma", "deflate", "zstd", "none")
+# For both file systems; lz4hc is what erofs calls the slower lz4.
+NO_LEVELS = ("lz4", "xz", "none")
 # The image stage of dracut-modules that boots both.
 STAGE = "squashfs"
 # First bytes of a tar's compression, and the program that undoes it.
@@ -218,9 +220,11 @@ def _compression(build: ImageBuild) -> tuple[str, str]:
     """Return the compression's name and its level, which may be empty; raises UsageError for an unknown one."""
     name, _, level = (build.compression or FORMATS[build.format][2]).partition(":")
     known = SQUASHFS_COMPRESSIONS if build.format == "squashfs" else EROFS_COMPRESSIONS
-    if name not in known or not (level == "" or level.isdigit()):
+    if name not in known or (level and (name in NO_LEVELS or not re.fullmatch(r"[0-9]{1,3}", level))):
+        plain = [one for one in known if one in NO_LEVELS]
         raise UsageError(
-            f"--compression {build.compression}: {build.format} has {', '.join(known)}, with a level after a colon"
+            f"--compression {build.compression}: {build.format} has {', '.join(known)}, with a level after a colon",
+            f"{' and '.join(plain)} have no levels",
         )
     return name, level
 

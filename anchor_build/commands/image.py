@@ -27,13 +27,16 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="NAMES",
     help="Packages of it, with commas. May be repeated.",
 )
-@click.option("--variant", default="", help="How much is there without --package (mmdebstrap). Default: minbase.")
+@click.option(
+    "--variant", default="", metavar="NAME", help="How much is there without --package (mmdebstrap). Default: minbase."
+)
 @click.option("--mirror", "mirrors", multiple=True, metavar="URL", help="Where its packages are. May be repeated.")
 @click.option("--mirror-key", type=FILE, metavar="FILE", help="The public keys that sign its packages.")
 @click.option(
     "--url",
     "urls",
     multiple=True,
+    metavar="URL",
     help="Where nodes find the image; one that ends in / is a directory that it is published in. May be repeated.",
 )
 @click.option("--peer", "peers", multiple=True, metavar="URL", help="Likewise, on another node. May be repeated.")

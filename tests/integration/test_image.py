@@ -210,6 +210,7 @@ def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_pat
         ((tmp_path / "away",), 2, "there is no such file"),
         ((tmp_path / "cut.tar.gz",), 1, "is "),
         ((tree, "--compression", "rar"), 2, "squashfs has zstd, gzip, lz4, xz, lzo"),
+        ((tree, "--compression", "lz4:3"), 2, "lz4 and xz have no levels"),
         ((tree, "--valid-for", "soon"), 2, "is not a duration"),
         ((tree, "--url", "store"), 2, "is not a URL"),
         ((tree, "--package", "vim"), 2, "belong to --distribution"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -15,7 +16,7 @@ import pytest
 
 from anchor_build.files import file_digest
 from anchor_build.manifest import Manifest, manifest_text
-from anchor_build.publish import S3_MAX_BYTES
+from anchor_build.publish import S3_MAX_BYTES, Credentials, sign_request
 from anchor_build.signing import open_key, sign_text
 from contrib.site import pki, servers
 from tests.integration.test_manifest_signing import make_key
@@ -42,13 +43,13 @@ class Pair:
         self.manifest = top / "node.squashfs.manifest"
         self.renew(os.urandom(300_000))
 
-    def renew(self, data: bytes, expires: int = 4_000_000_000) -> None:
+    def renew(self, data: bytes, expires: int = 4_000_000_000, created: int = 1_700_000_000) -> None:
         """Make the image anew, and its manifest."""
         self.image.write_bytes(data)
         sha256 = file_digest(self.image)
         self.name = f"node-{sha256[:12]}.squashfs"
         manifest = Manifest(
-            image="squashfs", sha256=sha256, file=self.name, size=len(data), created=1_700_000_000, expires=expires
+            image="squashfs", sha256=sha256, file=self.name, size=len(data), created=created, expires=expires
         )
         self.manifest.write_text(sign_text(manifest_text(manifest), open_key(self.key)))
 
@@ -87,6 +88,36 @@ def test_a_damaged_copy_is_replaced(pair: Pair, tmp_path: Path) -> None:
     assert (tmp_path / pair.name).read_bytes() == pair.image.read_bytes()
 
 
+def test_a_newer_manifest_is_not_replaced(pair: Pair, tmp_path: Path) -> None:
+    target = tmp_path / "www"
+    target.mkdir()
+    there = target / pair.manifest.name
+    arguments = (pair.image, "--to", target, "--manifest-key", pair.public)
+    old = pair.image.read_bytes()
+    pair.renew(os.urandom(1000), created=1_700_000_001)
+    assert run(*arguments).returncode == 0
+    newer = there.read_bytes()
+    pair.renew(old)
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert "node.squashfs.manifest is there already, and newer: of 2023-11-14 22:13:21 UTC" in done.stderr
+    assert "make it the newest" in done.stderr
+    assert there.read_bytes() == newer
+    assert not (target / pair.name).exists()
+    # What no node would believe stands in nobody's way.
+    for text in (newer.replace(b"created 17", b"created 99"), newer[:50], b"", b"\xff" * 70000):
+        there.write_bytes(text)
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert there.read_bytes() == pair.manifest.read_bytes()
+
+
+def test_a_place_that_is_taken_is_told(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / pair.manifest.name).mkdir()
+    done = run(pair.image, "--to", tmp_path, "--manifest-key", pair.public)
+    assert (done.returncode, "Is a directory" in done.stderr) == (1, True), done.stderr
+
+
 def test_nothing_is_published_that_a_node_would_refuse(pair: Pair, tmp_path: Path) -> None:
     target = tmp_path / "www"
     target.mkdir()
@@ -114,7 +145,13 @@ def test_nothing_is_published_that_a_node_would_refuse(pair: Pair, tmp_path: Pat
     assert done.returncode == 1
     assert "is not a directory" in done.stderr
     assert run(pair.image, "--to", "https://x/").returncode == 2
-    assert run(pair.image, "--to", "s3://Bad_Bucket/x").returncode == 2
+    for options in (
+        ("--to", "s3://Bad_Bucket/x"),
+        ("--to", "s3://images", "--region", "a\nb"),
+        ("--to", "s3://images", "--endpoint", "https://user@host"),
+    ):
+        done = run(pair.image, *options, **ANY)
+        assert (done.returncode, "is not" in done.stderr) == (2, True), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +195,36 @@ def test_s3_gets_the_image_first_and_the_manifest_last(s3: servers.S3, pair: Pai
     assert not [line for line in requests(s3) if line.startswith("PUT")]
     for secret in (s3.secret_key, s3.access_key):
         assert secret not in done.stdout + done.stderr
+
+
+def test_s3_keeps_a_newer_manifest(s3: servers.S3, pair: Pair) -> None:
+    arguments = (pair.image, "--to", "s3://images/kept", "--endpoint", s3.endpoint, "--region", s3.region)
+    options = ("--ca", str(s3.ca), "--manifest-key", pair.public)
+    keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+    old = pair.image.read_bytes()
+    pair.renew(os.urandom(1000), created=1_700_000_001)
+    assert run(*arguments, *options, **keys).returncode == 0
+    pair.renew(old)
+    requests(s3)
+    done = run(*arguments, *options, **keys)
+    assert (done.returncode, "is there already, and newer" in done.stderr) == (1, True), done.stderr
+    assert not [line for line in requests(s3) if line.startswith("PUT")]
+
+
+def test_a_signature_is_that_of_the_documents() -> None:
+    """The example "PUT Object" of Amazon's documents, with its headers; the path has nothing that needs escaping."""
+    keys = Credentials("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
+    headers = {
+        "date": "Fri, 24 May 2013 00:00:00 GMT",
+        "x-amz-content-sha256": "44ce7dd67c959e0d3524ffac1771dfbba87d2b6b4b4e99e42034a8b803f8b072",
+        "x-amz-storage-class": "REDUCED_REDUNDANCY",
+    }
+    url = "https://examplebucket.s3.amazonaws.com/test%24file.text"
+    signed = sign_request("PUT", url, headers, "us-east-1", keys, datetime(2013, 5, 24, tzinfo=UTC))
+    assert signed["authorization"].endswith(
+        "SignedHeaders=date;host;x-amz-content-sha256;x-amz-date;x-amz-storage-class, "
+        "Signature=98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd"
+    )
 
 
 @pytest.mark.parametrize(

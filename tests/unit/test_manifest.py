@@ -75,3 +75,15 @@ def test_since_is_a_time_or_a_manifest(tmp_path: Path) -> None:
     assert read_since(str(tmp_path / "m")) == MANIFEST.created
     with pytest.raises(UsageError, match="neither a time nor the file of a manifest"):
         read_since("yesterday")
+
+
+@pytest.mark.parametrize("text", ["1900", "2024", "1900-01-01", "0001-01-01T00:00:00+14:00", "2019-12-31T23:59:59"])
+def test_since_is_not_before_there_were_manifests(text: str) -> None:
+    with pytest.raises(UsageError, match="is before 2020-01-01"):
+        read_since(text)
+
+
+@pytest.mark.parametrize("text", ["9999-12-31T23:59:59-14:00", "999999999999", "2999-01-01"])
+def test_since_is_not_in_the_future(text: str) -> None:
+    with pytest.raises(UsageError, match="lies in the future"):
+        read_since(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from contrib.reports.receiver import Fleet, Node, Receiver
+from contrib.serving import in_a_thread
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,7 @@ class Served:
 def receiver(directory: Path, context: ssl.SSLContext | None = None) -> Iterator[Served]:
     """Run a receiver on a free port of 127.0.0.1, over TLS with a context."""
     file, fleet = directory / "reports.jsonl", Fleet()
-    with file.open("a") as log, Receiver(("127.0.0.1", 0), log, fleet, context) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            scheme = "https" if context else "http"
-            yield Served(f"{scheme}://127.0.0.1:{server.server_address[1]}/report", file, fleet)
-        finally:
-            server.shutdown()
-            thread.join()
+    server = Receiver(("127.0.0.1", 0), file, fleet, context)
+    with in_a_thread(server):
+        scheme = "https" if context else "http"
+        yield Served(f"{scheme}://127.0.0.1:{server.server_address[1]}/report", file, fleet)

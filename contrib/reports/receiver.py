@@ -15,18 +15,20 @@ a certificate are heard, which they have once their auth step is done; what happ
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import socket
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from anchor_build.events import (
     Begin,
@@ -71,10 +73,11 @@ class Fleet:
     nodes: dict[str, Node] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, record: dict[str, Any], now: float) -> bool:
+    def take(self, record: dict[str, Any], now: float, keep: Callable[[], None] = lambda: None) -> bool:
         """Note one event; False for one that was there before.
 
-        Raises InvalidLineError for what is no event, lacks its identity, or is of a node too many.
+        `keep` writes it down and may raise: then it is not noted either, and counts as new when it comes again. Raises
+        InvalidLineError for what is no event, lacks its identity, or is of a node too many.
         """
         names = [record.get(key) for key in ("machine", "node", "boot_id")]
         seq = record.get("seq")
@@ -85,12 +88,14 @@ class Fleet:
         with self.lock:
             if machine not in self.nodes and len(self.nodes) >= MAX_NODES:
                 raise InvalidLineError(f"more than {MAX_NODES} nodes")
-            node = self.nodes.setdefault(machine, Node(machine))
+            node = self.nodes.get(machine, Node(machine))
+            if seq <= (node.seq if node.boot == boot else -1):
+                return False
+            keep()
+            self.nodes[machine] = node
             if node.boot != boot:
                 node.boot, node.seq, node.boots, node.error, node.log = boot, -1, node.boots + 1, "", ()
                 node.state, node.where, node.since = "boots", "", now
-            if seq <= node.seq:
-                return False
             node.seq, node.name, node.heard = seq, name or node.name, now
             _advance(node, event, record, now)
         return True
@@ -152,13 +157,12 @@ class Receiver(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512  # a fleet comes at once
 
-    def __init__(self, address: tuple[str, int], log: IO[str], fleet: Fleet, context: ssl.SSLContext | None) -> None:
+    def __init__(self, address: tuple[str, int], log: Path, fleet: Fleet, context: ssl.SSLContext | None) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.log = log
         self.fleet = fleet
         self.context = context
-        self.writing = threading.Lock()
         super().__init__(address, Handler)
+        self.log = log.open("ab", buffering=0)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection without waiting for what its client says."""
@@ -176,11 +180,21 @@ class Receiver(ThreadingHTTPServer):
         else:
             super().handle_error(request, client_address)
 
-    def keep(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append events to the log, whole or not at all as far as a reader sees."""
-        with self.writing:
-            self.log.write("".join(json.dumps(record) + "\n" for record in records))
-            self.log.flush()
+    def server_close(self) -> None:
+        """Close the log, too."""
+        super().server_close()
+        self.log.close()
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Append an event to the log, whole or not at all; one at a time, as Fleet.take calls it."""
+        line = json.dumps(record).encode() + b"\n"
+        size = os.fstat(self.log.fileno()).st_size
+        try:
+            while line:
+                line = line[self.log.write(line) or 0 :]
+        except OSError:
+            os.ftruncate(self.log.fileno(), size)
+            raise
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -198,18 +212,22 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(413, f"at most {MAX_BODY} bytes, with their length\n")
             return
         body = self.rfile.read(int(length))
-        now, fresh, wrong = time.time(), [], 0
+        now, wrong = time.time(), 0
         lines = [line for line in body.split(b"\n") if line]
         for line in lines:
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise InvalidLineError("no object")
-                if self.server.fleet.take(record, now):
-                    fresh.append({**record, "received": round(now, 3), "from": self.client_address[0]})
+                kept = {**record, "received": round(now, 3), "from": self.client_address[0]}
+                self.server.fleet.take(record, now, functools.partial(self.server.keep, kept))
             except (ValueError, RecursionError):
                 wrong += 1
-        self.server.keep(fresh)
+            except OSError as error:
+                # The node keeps what was not taken, and comes again.
+                print(f"error: {self.server.log.name}: {error.strerror}", file=sys.stderr)  # noqa: T201 - a program
+                self._answer(503, "the events cannot be kept\n")
+                return
         # One wrong line among right ones must not make the node come again with all of them.
         self._answer(400 if wrong == len(lines) else 204, "")
 
@@ -268,9 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(table(fleet, time.time()))
             return 0
         context = tls(options.certificate, options.key, options.client_ca) if options.certificate else None
+        if kept and not kept.endswith("\n"):
+            # Of a receiver that was killed: the next event must not become part of it.
+            with options.file.open("a", encoding="utf-8") as log:
+                log.write("\n")
         with (
-            options.file.open("a", encoding="utf-8") as log,
-            Receiver((address.strip("[]"), int(port)), log, fleet, context) as server,
+            Receiver((address.strip("[]"), int(port)), options.file, fleet, context) as server,
             suppress(KeyboardInterrupt),
         ):
             sys.stderr.write(f"listening on {address}:{server.server_address[1]}\n")

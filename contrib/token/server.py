@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
 import ssl
+import sys
 import tempfile
 import threading
 import time
@@ -18,11 +20,14 @@ from pathlib import Path
 from anchor_build.errors import AnchorError
 from anchor_build.events import printable
 from anchor_build.run import run
+from contrib.serving import in_a_thread
 from contrib.site import pki
 from contrib.token import store
 
 REQUEST_MAX = 16384  # bytes; a request with a key of RSA 4096 has 1.7 KB
 CLIENT_TIMEOUT = 20.0  # seconds that a client may be silent
+MIN_RSA_BITS, MAX_RSA_BITS = 2048, 8192
+CURVES = ("prime256v1", "secp384r1")
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,20 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def __init__(self, settings: Settings) -> None:
+        self.address_family = socket.AF_INET6 if ":" in settings.address else socket.AF_INET
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.leaf.certificate, settings.leaf.key)
         super().__init__((settings.address, settings.port), Exchange)
         self.settings = settings
         self.lock = threading.Lock()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.leaf.certificate, settings.leaf.key)
         # The handshake belongs to the connection's own thread: a silent client must not stop the server.
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+
+    @property
+    def url(self) -> str:
+        """Where tokens are exchanged."""
+        host = str(self.server_address[0])
+        return f"https://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
 
     def exchange(self, text: str, request: bytes) -> str:
         """Return the answer to a token and a request; raises RefusedError."""
@@ -88,7 +100,9 @@ class Server(ThreadingHTTPServer):
             return answer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients hang up all the time."""
+        """Say nothing of clients, which hang up all the time; a bug keeps its traceback."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type] # socketserver's own words for both
 
 
 class Exchange(BaseHTTPRequestHandler):
@@ -101,26 +115,30 @@ class Exchange(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Exchange a token for a certificate."""
         self.close_connection = True
+        body = self.body()
+        if body is None:
+            self.answer(400, "text/plain", f"a request has a length of at most {REQUEST_MAX} bytes\n")
+            return
         try:
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
                 raise RefusedError(401, "there is no bearer token")
-            granted = self.server.exchange(token, self.body())
-        except (OSError, ValueError) as error:
-            # Of the server's own files; the token has not been used up.
+            granted = self.server.exchange(token, body)
+        except (OSError, ValueError, AnchorError) as error:
+            # Of the server's own files and programs; the token has not been used up, and the node comes again.
             self.log_message("failed: %s", error)
-            self.answer(503, "text/plain", "the token server has a problem of its own\n")
+            self.answer(500, "text/plain", "the token server has a problem of its own\n")
         except RefusedError as error:
             self.log_message("refused: %s", error)
             self.answer(error.status, "text/plain", f"{error}\n")
         else:
             self.answer(200, "application/pem-certificate-chain", granted)
 
-    def body(self) -> bytes:
-        """Return the request's body."""
+    def body(self) -> bytes | None:
+        """Return the request's body, None where it is too large or of unknown length."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,6}", length) or int(length) > REQUEST_MAX:
-            raise RefusedError(400, f"a request has a length of at most {REQUEST_MAX} bytes")
+            return None
         return self.rfile.read(int(length))
 
     def answer(self, status: int, kind: str, text: str) -> None:
@@ -139,16 +157,23 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 def public_key(request: bytes) -> str:
-    """Return the digest of the public key in a request (PKCS #10, PEM); raises RefusedError."""
+    """Return the digest of the public key in a request (PKCS #10, PEM).
+
+    Raises RefusedError for what is no request, and for keys that are too weak or of another kind than nodes make.
+    """
     if not request.isascii():
         raise RefusedError(400, "the request is not PEM")
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "request.pem"
         file.write_bytes(request)
-        try:
-            done = run(["openssl", "req", "-in", file, "-noout", "-pubkey", "-verify"], timeout=20)
-        except AnchorError:
-            raise RefusedError(400, "the request is not one, or its signature is wrong") from None
+        done = run(["openssl", "req", "-in", file, "-noout", "-pubkey", "-verify"], timeout=20, check=False)
+    if done.status != 0:
+        raise RefusedError(400, "the request is not one, or its signature is wrong")
+    text = run(["openssl", "pkey", "-pubin", "-noout", "-text"], input_text=done.stdout, timeout=20).stdout
+    bits = re.search(r"Public-Key: \(([0-9]+) bit", text)
+    is_rsa = "Modulus:" in text and bits is not None and MIN_RSA_BITS <= int(bits[1]) <= MAX_RSA_BITS
+    if not (is_rsa or any(f"ASN1 OID: {curve}\n" in text for curve in CURVES)):
+        raise RefusedError(400, f"its key is neither ECDSA P-256 or P-384 nor RSA of {MIN_RSA_BITS} bits or more")
     return hashlib.sha256(done.stdout.encode()).hexdigest()
 
 
@@ -158,12 +183,8 @@ def certify(settings: Settings, token: store.Token, request: bytes) -> str:
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "request.pem"
         file.write_bytes(request)
-        try:
-            certificate = pki.sign(
-                settings.authority, file, token.name, addresses=[token.name], client=True, not_after=end
-            )
-        except AnchorError as error:
-            raise RefusedError(400, f"the request cannot be signed: {error}".splitlines()[0]) from None
+        # The request has been looked at: what fails now is the CA.
+        certificate = pki.sign(settings.authority, file, token.name, addresses=[token.name], client=True, not_after=end)
     before = Path(token.s3).read_text(encoding="utf-8").rstrip("\n") + "\n" if token.s3 else ""
     return before + certificate + (settings.chain.read_text(encoding="utf-8") if settings.chain else "")
 
@@ -172,11 +193,5 @@ def certify(settings: Settings, token: store.Token, request: bytes) -> str:
 def serving(settings: Settings) -> Iterator[Server]:
     """Run the server in a thread until the body is left."""
     server = Server(settings)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with in_a_thread(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -43,11 +43,15 @@ def issue(directory: Path, name: str, lifetime_s: float, s3: str = "") -> str:
 
 
 def load(directory: Path, text: str) -> Token | None:
-    """Return what is known of a token, or None."""
+    """Return what is known of a token, or None; raises OSError and ValueError when that cannot be read."""
     try:
         return Token(**json.loads(_file(directory, text).read_text(encoding="utf-8")))
     except FileNotFoundError:
+        # Without the directory nobody can say which tokens there are.
+        directory.stat()
         return None
+    except TypeError as error:
+        raise ValueError(f"{_file(directory, text)}: {error}") from None
 
 
 def save(directory: Path, text: str, token: Token) -> None:

@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from anchor_build.console import format_table
+from contrib.serving import in_a_thread
 
 TOP = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
@@ -84,14 +85,8 @@ class _Answer(BaseHTTPRequestHandler):
 def serving(limit: int, seconds: float, retry_after: int) -> Iterator[Busy]:
     """Run the server until the body is left."""
     server = Busy(limit, seconds, retry_after)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with in_a_thread(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def main(arguments: list[str]) -> None:

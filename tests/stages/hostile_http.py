@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from contrib.serving import in_a_thread
 from contrib.site.pki import Leaf
 
 LAST_MODIFIED = "Sat, 01 Jan 2022 00:00:00 GMT"
@@ -107,15 +108,11 @@ class _Server(ThreadingHTTPServer):
 def hostile(*faults: Fault, tls: Leaf | None = None, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hostile]:
     """Run the fake on `host` and a free port, or on `port`, with `tls` over HTTPS, until the body is left."""
     server = _Server(faults, tls, host, port)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server.hostile
-    finally:
-        server.stopped.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with in_a_thread(server):
+        try:
+            yield server.hostile
+        finally:
+            server.stopped.set()
 
 
 def whole(

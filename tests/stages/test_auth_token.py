@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
+import ssl
 import stat
 import struct
 import subprocess
@@ -343,7 +345,7 @@ def test_s3_credentials_come_with_the_certificate(node: Node, site: Site, tmp_pa
 def test_trouble_of_the_servers_own_does_not_use_a_token_up(dash: Node, site: Site, tmp_path: Path) -> None:
     token = site.token(s3=str(tmp_path / "given"))
     done = dash.run(token=token, timeout="2")
-    assert dash.failed(done, "no answer from", "status 503")
+    assert dash.failed(done, "no answer from", "status 500")
     (tmp_path / "given").write_text("access_key=A\nsecret_key=S\n")
     assert dash.joined(dash.run(token=token))
 
@@ -440,3 +442,95 @@ def test_the_command_makes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [stat.S_IMODE(path.stat().st_mode) for path in (tokens, *tokens.iterdir())] == [0o700, 0o600]
     with pytest.raises(SystemExit):
         command.main(["--tokens", str(tokens), "add", "-evil/../name"])
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    leaf = site.server.settings.leaf
+    (tmp_path / "file").write_text("no directory\n")
+    good = {
+        "--ca-cert": site.authority.certificate,
+        "--ca-key": site.authority.key,
+        "--cert": leaf.certificate,
+        "--key": leaf.key,
+    }
+    for tokens, words in (
+        (tmp_path / "file", ["add", NAME]),
+        (tmp_path, ["add", NAME, "--s3", str(tmp_path / "none")]),
+        *(
+            (tmp_path, ["serve", *(str(x) for pair in (good | wrong).items() for x in pair)])
+            for wrong in (
+                {"--ca-cert": tmp_path / "none"},
+                {"--ca-key": leaf.key},
+                {"--key": site.authority.key},
+                {"--cert": tmp_path / "file"},
+                {"--chain": tmp_path / "none"},
+                {"--address": Path("999.1.1.1")},
+                {"--port": Path("99999")},
+            )
+        ),
+    ):
+        assert command.main(["--tokens", str(tokens), *words]) == 1
+        assert capsys.readouterr().err.startswith("error: "), words
+
+
+def ask(server: Server, token: str, request: bytes) -> tuple[int, str]:
+    """Ask for a certificate as a node does, without checking the server's."""
+    host = str(server.server_address[0])
+    context = ssl.create_default_context(cafile=str(server.settings.authority.certificate))
+    context.check_hostname = False
+    connection = http.client.HTTPSConnection(host, server.server_port, timeout=20, context=context)
+    try:
+        connection.request("POST", "/join", request, {"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def request_of(tmp_path: Path, *options: str) -> bytes:
+    """Return a request with a new key."""
+    openssl("genpkey", *options, "-out", tmp_path / "k")
+    openssl("req", "-new", "-key", tmp_path / "k", "-subj", "/CN=x", "-out", tmp_path / "r")
+    return (tmp_path / "r").read_bytes()
+
+
+EC = ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
+
+
+def test_faults_of_the_servers_own_are_not_the_nodes(tmp_path: Path, site: Site) -> None:
+    authority = pki.Authority(tmp_path / "ca.crt", tmp_path / "ca.key")
+    shutil.copy(site.authority.certificate, authority.certificate)
+    tokens = tmp_path / "tokens"
+    token = store.issue(tokens, NAME, 60)
+    request = request_of(tmp_path, *EC)
+    with serving(Settings(tokens, authority, site.server.settings.leaf, address="::1")) as server:
+        assert server.url.startswith("https://[::1]:")
+        assert ask(server, token, request)[0] == 500, "the CA has no key"
+        (known,) = tokens.glob("*.json")
+        text = known.read_text()
+        known.write_text("[1]")
+        assert ask(server, token, request)[0] == 500, "what is known of the token is damaged"
+        known.write_text('{"name": "x", "more": 1}')
+        assert ask(server, token, request)[0] == 500
+        known.write_text(text)
+        tokens.rename(tmp_path / "away")
+        assert ask(server, token, request)[0] == 500, "nobody knows any token"
+        (tmp_path / "away").rename(tokens)
+        shutil.copy(site.authority.key, authority.key)
+        assert ask(server, token, b"garbage")[0] == 400
+        assert ask(server, token, request)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:512"),
+        ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"),
+        ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp224r1"),
+    ],
+)
+def test_weak_keys_get_no_certificate(tmp_path: Path, site: Site, options: tuple[str, ...]) -> None:
+    token = site.token()
+    status, text = ask(site.server, token, request_of(tmp_path, *options))
+    assert (status, "nor RSA of 2048 bits or more" in text) == (400, True), text
+    assert ask(site.server, token, request_of(tmp_path, *EC))[0] == 200, "the token is still good"

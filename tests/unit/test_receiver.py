@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from contrib.reports.receiver import MAX_BODY, Fleet, main, replay, table
+from tests.conftest import TOP
 from tests.reports import Served, receiver
 
 
@@ -130,6 +136,45 @@ def test_a_file_is_shown_without_a_server(tmp_path: Path, capsys: pytest.Capture
     file.write_bytes(lines({**record("begin", **BEGIN), "received": time.time() - 60}) + b"garbage\n{}\n[]\n")
     assert main(["--table", str(file)]) == 0
     assert "image (squashfs)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file system that gets full")
+def test_what_a_full_disk_does_not_take_is_taken_later(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        with receiver(tmp_path) as served:
+            assert post(served, lines(record("boot", 0, version="0.2")))[0] == 204
+            with suppress(OSError), (tmp_path / "ballast").open("wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(512))
+            large = record("failed", 1, log=["x" * 300] * 50, **FAILED)
+            batch = lines(record("begin", 1, **BEGIN), {**large, "seq": 2})
+            assert post(served, batch)[0] == 503
+            kept = served.events()
+            assert [event["seq"] for event in kept] == list(range(len(kept))), "whole lines only"
+            assert served.node().seq == len(kept) - 1, "what is not kept is not known"
+            (tmp_path / "ballast").unlink()
+            assert post(served, batch)[0] == 204
+            assert [event["seq"] for event in served.events()] == [0, 1, 2]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_half_a_line_of_a_killed_receiver_spoils_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "reports.jsonl"
+    file.write_bytes(lines(record("boot", 0, version="0.2", received=1)) + b'{"node": "m1')
+    argv = [sys.executable, "-m", "contrib.reports.receiver", "--listen", "127.0.0.1:0", str(file)]
+    child = subprocess.Popen(argv, cwd=TOP, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    try:
+        port = child.stderr.readline().rpartition(":")[2].strip()
+        served = Served(f"http://127.0.0.1:{port}/report", file, Fleet())
+        assert post(served, lines(record("begin", 1, **BEGIN)))[0] == 204
+    finally:
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 0
+        child.stderr.close()
+    assert [node.seq for node in replay(file.read_text().splitlines()).rows(2)] == [1]
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,18 @@ A test that means to start one asks for the fixture `processes`. Tests that call
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from anchor_build import cli
 
 
 @pytest.fixture
@@ -35,3 +41,48 @@ def forbid_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
     guarded = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
     monkeypatch.setattr("anchor_build.run.subprocess", guarded)
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def problems(self) -> list[str]:
+        """What it complained of, without the mark of the first line."""
+        lines = [line.removeprefix("error: ") for line in self.err.splitlines()]
+        return [line for line in lines if not line.startswith(("hint: ", "profile "))]
+
+
+Anchor = Callable[..., Said]
+
+
+@pytest.fixture
+def anchor(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Anchor:
+    """Run anchor-build in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # main() changes these; the fixture's end brings them back.
+        request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
+
+    def run(*words: str) -> Said:
+        status = 0
+        try:
+            cli.main(list(words))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0
+        captured = capsys.readouterr()
+        return Said(status, captured.out, captured.err)
+
+    return run

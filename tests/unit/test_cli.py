@@ -8,57 +8,17 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from anchor_build import cli
 from tests.conftest import SITE_STAGES, TOP
+from tests.unit.conftest import Anchor
 
 GOOD = "root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs"
-Anchor = Callable[..., "Said"]
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a command ended and what it wrote."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def anchor(
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> Anchor:
-    """Run anchor-build in this process."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # main() changes these; the fixture's end brings them back.
-        request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
-
-    def run(*words: str) -> Said:
-        status = 0
-        try:
-            cli.main(list(words))
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 0
-        captured = capsys.readouterr()
-        return Said(status, captured.out, captured.err)
-
-    return run
 
 
 def test_every_command_has_its_module_its_summary_and_an_example() -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import click
@@ -19,55 +16,21 @@ import pytest
 from anchor_build import cli, profile
 from anchor_build.errors import UsageError
 from tests.conftest import SITE_STAGES, TOP
+from tests.unit.conftest import Anchor, Said
 
 GOOD = "root=anchor squashfs_server=https://store/i.squashfs"
 
 
-@dataclass(frozen=True)
-class Said:
-    """How a command ended and what it wrote."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def problems(self) -> list[str]:
-        """What it complained of, without the mark of the first line."""
-        lines = [line.removeprefix("error: ") for line in self.err.splitlines()]
-        return [line for line in lines if not line.startswith(("hint: ", "profile "))]
-
-
-Anchor = Callable[..., Said]
 Write = Callable[[str], Path]
 
 
-@pytest.fixture
-def anchor(
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> Anchor:
-    """Run anchor-build in this process and an empty working directory, where no other file is found."""
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work in an empty directory, where no other file is found."""
     monkeypatch.delenv("ANCHOR_BUILD_CONFIG", raising=False)
     monkeypatch.setattr(profile, "SYSTEM_FILE", tmp_path / "etc" / "anchor.toml")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # main() changes these; the fixture's end brings them back.
-        request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
-
-    def run(*words: str) -> Said:
-        status = 0
-        try:
-            cli.main(list(words))
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 0
-        captured = capsys.readouterr()
-        return Said(status, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

@@ -313,9 +313,11 @@ def _unchanged(output: Path, inputs: dict[str, str]) -> dict[str, Any] | None:
 def _earlier(output: Path) -> dict[str, Any] | None:
     try:
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return report if isinstance(report, dict) else None
+    # Whatever else somebody put there is not a report of ours.
+    files = report.get("files") if isinstance(report, dict) else None
+    return report if isinstance(files, dict) and all(MADE.fullmatch(name) for name in files) else None
 
 
 def _put_in_place(made: Path, output: Path, report: dict[str, Any]) -> None:

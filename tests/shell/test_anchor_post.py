@@ -8,11 +8,10 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from contrib.reports.receiver import Receiver, tls
+from contrib.reports.receiver import Handler, tls
 from contrib.site import pki
 from tests.reports import receiver
 from tests.shell.conftest import Shell
@@ -240,15 +239,16 @@ def test_many_events_at_once_are_few_requests(trusting: Shell, tmp_path: Path) -
     """What piles up during a request goes with the next one: counted at the server."""
     requests: list[int] = []
     with receiver(tmp_path) as served:
-        keep = Receiver.keep
+        take = Handler.do_POST
 
-        def count(self: Receiver, records: Any) -> None:
-            requests.append(len(records))
+        def count(self: Handler) -> None:
+            before = len(served.events())
             time.sleep(0.1)
-            keep(self, records)
+            take(self)
+            requests.append(len(served.events()) - before)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Receiver, "keep", count)
+            patch.setattr(Handler, "do_POST", count)
             done = trusting.run(
                 LOAD + "anchor_report=$1; anchor_post_open; anchor_post_start" + STEP * 20 + HAND_OFF, served.url
             )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from anchor_build import __version__
+from anchor_build.console import Step
 from anchor_build.distribution import Distribution, build_tree
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import beside, disk_errors, output_problems, work_directory
+from anchor_build.files import beside, disk_errors, file_digest, output_problems, work_directory
 from anchor_build.manifest import SUFFIX, Manifest, manifest_text, read_manifest, sign_text
 from anchor_build.run import run, which
 from anchor_build.version import source_date_epoch
@@ -47,13 +47,6 @@ SQUASHFS_MAGIC = (0, b"hsqs")
 EROFS_MAGIC = (1024, b"\xe2\xe1\xf5\xe0")
 NO_UUID = "00000000-0000-0000-0000-000000000000"
 PACK_TIMEOUT = 4 * 3600.0
-
-
-class Step(Protocol):
-    """Shows that something is being done, and how far it is."""
-
-    def __call__(self, title: str, progress: Callable[[], str] | None = None) -> AbstractContextManager[None]:
-        """Enter the step called `title`."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,8 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
             tree, more = _tree(build, kind, work, step)
             contents = examine(tree)
             facts |= more | _pack(build, tree, contents, partial, work, step, owned=kind != "directory")
-        with step("take the digest"), partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with step("take the digest"):
+            sha256 = file_digest(partial)
         size = partial.stat().st_size
         manifest = _manifest(build, facts, sha256, size)
         text = manifest_text(manifest)
@@ -206,8 +199,7 @@ def _tree(build: ImageBuild, kind: str, work: Path, step: Step) -> tuple[Path, d
             return build_tree(build.distribution, tree, work, unpack), {"distribution": build.distribution.name}
     with step(f"unpack {source.name}"):
         unpack(source, tree)
-    with source.open("rb") as file:
-        return tree, {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return tree, {"source_sha256": file_digest(source)}
 
 
 def unpack(archive: Path, tree: Path) -> None:
@@ -337,14 +329,13 @@ def _take_over(source: Path, partial: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"format": image_format(source)}
     if old_file.is_file():
         old, _ = read_manifest(old_file)
-        with source.open("rb") as file:
-            if old.sha256 == hashlib.file_digest(file, "sha256").hexdigest():
-                return facts | {
-                    "unpacked": old.unpacked,
-                    "kernels": old.kernels,
-                    "mirrors": old.mirrors,
-                    "peers": old.peers,
-                }
+        if old.sha256 == file_digest(source):
+            return facts | {
+                "unpacked": old.unpacked,
+                "kernels": old.kernels,
+                "mirrors": old.mirrors,
+                "peers": old.peers,
+            }
     return facts
 
 

@@ -8,24 +8,22 @@ takes the secrets from standard input; a library of a cloud's own would be a hun
 from __future__ import annotations
 
 import configparser
-import hashlib
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from anchor_build.console import Step
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import beside, disk_errors
+from anchor_build.files import beside, disk_errors, file_digest
 from anchor_build.manifest import SUFFIX, Manifest, PublicKey, read_manifest, split_manifest, verify_signature
 from anchor_build.run import run
 
-Step = Callable[[str], AbstractContextManager[None]]
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9._/-]*))?")
 # The largest object of one PUT request (docs: Amazon S3, "Uploading objects"); multipart uploads are not made here.
 S3_MAX_BYTES = 5 * 2**30
@@ -152,12 +150,6 @@ def _s3_error(url: str, status: int, body: str) -> AnchorError:
     )
     told = ": ".join(filter(None, (f"{url}: the service answered {status}", code, message)))
     return AnchorError(told, HINTS.get(code, ""))
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_target(to: str, *, endpoint: str = "", region: str = "", ca: Path | None = None) -> Target:

@@ -15,7 +15,7 @@ from anchor_build.console import Console, printable
 from anchor_build.options import json_option, stage_dir_option
 
 if TYPE_CHECKING:
-    from anchor_build.artifact import Artifact, Difference, Entry
+    from anchor_build.inspect.artifact import Artifact, Difference, Entry
 
 WIDTH = 100
 # What is longer is cut off unless --files asks for all.
@@ -46,7 +46,7 @@ def command(
       anchor-build inspect anchor-dracut-module.rpm --files
       anchor-build inspect yesterday.img today.img --json
     """  # noqa: D301
-    from anchor_build.artifact import compare, read_artifact
+    from anchor_build.inspect.artifact import compare, read_artifact
 
     first = read_artifact(file, stage_dir)
     if other is None:
@@ -157,7 +157,7 @@ def difference_as_data(file: Path, other: Path, difference: Difference) -> dict[
 
 def show_difference(console: Console, file: Path, other: Path, difference: Difference, files: bool) -> None:
     """Print a difference for people: facts, then entries, then a count."""
-    from anchor_build.artifact import FILE_FACTS
+    from anchor_build.inspect.artifact import FILE_FACTS
 
     if difference.same:
         click.echo("no difference: the same bytes")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from anchor_build.artifact import Artifact, compare, read_artifact
 from anchor_build.cpio import UNPACKED_MAX
 from anchor_build.errors import AnchorError, UsageError
+from anchor_build.inspect.artifact import Artifact, compare, read_artifact
 from tests.conftest import TOP
 
 LATER = 1_700_000_000  # seconds since the epoch
@@ -159,7 +159,7 @@ def test_a_hostile_erofs_neither_loops_nor_escapes(tree: Path) -> None:
 
 def test_without_unsquashfs_the_rest_is_shown(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = image(tree, "squashfs")
-    monkeypatch.setattr("anchor_build.inspect_squashfs.which", lambda program: None)
+    monkeypatch.setattr("anchor_build.inspect.squashfs.which", lambda program: None)
     found = read_artifact(file)
     assert found.facts["compression"] == "zstd"
     assert "squashfs-tools" in found.notes[0]

@@ -13,8 +13,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from anchor_build.files import file_digest
 from anchor_build.manifest import Manifest, manifest_text, sign_text
-from anchor_build.publish import S3_MAX_BYTES, file_digest
+from anchor_build.publish import S3_MAX_BYTES
 from contrib.site import pki, servers
 from tests.integration.test_manifest_signing import make_key
 

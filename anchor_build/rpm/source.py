@@ -10,91 +10,56 @@ import io
 import os
 import re
 import tarfile
-import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anchor_build
-from anchor_build.changelog import read_changelog, rpm_entries
 from anchor_build.errors import AnchorError
-from anchor_build.run import run, which
-from anchor_build.version import Version, git, source_date_epoch, tree_version
+from anchor_build.files import directory_problems, disk_errors, place, staging, work_directory
+from anchor_build.rpm.changelog import read_changelog, rpm_entries
+from anchor_build.rpm.rpmbuild import RPMBUILD, missing, run_rpmbuild
+from anchor_build.run import which
+from anchor_build.version import Version, git, tree_time, tree_version
 
 TEMPLATE = Path("specs") / "anchor-build.spec.j2"
 DECLARATION = "anchor_build/__init__.py"
 DECLARED = re.compile(rb'^__version__ = "[^"\n]*"$', re.MULTILINE)
-LIMIT_S = 60
-# Decided by the source, not by the host: what it is called, how it is packed, and who seems to have made it.
-MACROS = {
-    "dist": "%{nil}",
-    "_buildhost": "anchor-build",
-    "_source_payload": "w6.gzdio",
-    "_source_filedigest_algorithm": "8",
-    "_srcdefattr": "(0644,root,root)",
-}
 
 
-def tool_srpm(out: Path, top: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+def tool_srpm(
+    out: Path, top: Path | None = None, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Path, tuple[str, ...]]:
     """Make the source package of the tree `top`, by default the one that this program runs from, in `out`.
 
-    Returns its path and warnings about its version. The same tree gives the same bytes. Raises AnchorError when there
-    is no tree (an installed package), for a version that cannot be, when rpmbuild is missing or fails, and when `out`
-    cannot be written; nothing half-written is left.
+    Returns its path and warnings about its version; `tell` is given each line of rpmbuild's log. The same tree gives
+    the same bytes. Raises AnchorError when there is no tree (an installed package), for a version that cannot be, when
+    rpmbuild is missing or fails, and when `out` cannot be written; nothing half-written is left.
     """
     top = Path(anchor_build.__file__).resolve().parents[1] if top is None else top.resolve()
     if not (top / TEMPLATE).is_file():
         raise AnchorError(f"{top}: holds no {TEMPLATE}", "run it from a checkout or a source archive of anchor-build")
-    if which("rpmbuild") is None:
-        raise AnchorError("rpmbuild is not installed", "install rpm (deb) or rpm-build (rpm)")
+    if problems := [*missing([RPMBUILD]), *directory_problems(out)]:
+        raise AnchorError("\n".join(problems))
     decided = tree_version(top)
-    epoch = _epoch(top)
-    name = archive_name(decided.version)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".srpm-", dir=out) as directory:
-            work = Path(directory)
-            (work / f"{name}.tar.gz").write_bytes(archive(top, decided.version, epoch))
-            spec = work / "anchor-build.spec"
-            spec.write_text(spec_text(top, decided.version, epoch), encoding="utf-8")
-            for path in work.iterdir():
-                path.chmod(0o644)
-                os.utime(path, (epoch, epoch))
-            run(srpm_arguments(), env={"SOURCE_DATE_EPOCH": str(epoch)}, cwd=work, timeout=LIMIT_S)
-            (made,) = work.glob("*.src.rpm")
-            made.chmod(0o644)
-            return made.replace(out / made.name), decided.warnings
-    except OSError as error:
-        raise AnchorError(f"{error.filename or out}: {error.strerror}") from None
+    seconds = tree_time(top, (top / path for path in source_files(top)))
+    with disk_errors(), work_directory(plain=True) as work, staging(out) as staged:
+        spec = work / "anchor-build.spec"
+        spec.write_text(spec_text(top, decided.version, seconds), encoding="utf-8")
+        source = work / f"{archive_name(decided.version)}.tar.gz"
+        source.write_bytes(archive(top, decided.version, seconds))
+        for path in (spec, source):
+            path.chmod(0o644)
+            os.utime(path, (seconds, seconds))
+        [made] = run_rpmbuild("-bs", spec, "", seconds, tell)
+        place(made, staged / made.name, seconds)
+        return (staged / made.name).replace(out / made.name), decided.warnings
 
 
 def archive_name(version: Version) -> str:
     """Return what the source archive and its directory are called: as Python names a source distribution (PEP 625)."""
     return f"anchor_build-{version.python}"
-
-
-def srpm_arguments() -> list[str]:
-    """Return the arguments that make a source package of the spec and the archive in the current directory, in there.
-
-    rpm keeps the spec with its macros expanded in the package (the tag SPEC): no path of this host may be in it.
-    """
-    places = dict.fromkeys(("_topdir", "_sourcedir", "_srcrpmdir", "_builddir", "_rpmdir", "_specdir"), ".")
-    defines = [word for name, value in {**places, **MACROS}.items() for word in ("--define", f"{name} {value}")]
-    # What the build needs is needed where it is built.
-    return ["rpmbuild", "-bs", "--quiet", "--nodeps", *defines, "anchor-build.spec"]
-
-
-def _epoch(top: Path) -> int:
-    """Return the time of the source in seconds since the epoch: SOURCE_DATE_EPOCH, the commit's, the newest file's."""
-    given = source_date_epoch()
-    if given is not None:
-        return given
-    if (top / ".git").exists() and which("git") is not None:
-        committed = git(top, "log", "-1", "--format=%ct", check=False)
-        if committed.status == 0:
-            return int(committed.stdout)
-    return max(int((top / path).stat().st_mtime) for path in source_files(top))
 
 
 # --- The archive ------------------------------------------------------------------------------------------

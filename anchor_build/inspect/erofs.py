@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchor_build.artifact import IMAGE_NOTE, Artifact, Entry, file_facts, utc
 from anchor_build.console import printable
 from anchor_build.errors import AnchorError
+from anchor_build.inspect.artifact import IMAGE_NOTE, Artifact, Entry, file_facts, utc
 
 SUPER_OFFSET = 1024
 SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHH")

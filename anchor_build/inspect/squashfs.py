@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from anchor_build.artifact import IMAGE_NOTE, Artifact, Entry, file_facts, utc
 from anchor_build.console import printable
 from anchor_build.errors import AnchorError
+from anchor_build.inspect.artifact import IMAGE_NOTE, Artifact, Entry, file_facts, utc
 from anchor_build.run import run, which
 
 LIST_LIMIT_S = 300

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 
 import jinja2
 
-from anchor_build import changelog
+from anchor_build import __version__
 from anchor_build.describe import stage_reference
 from anchor_build.dracut import module_packages
 from anchor_build.errors import AnchorError, InvalidFilesError
 from anchor_build.plan import DEFAULTS, Plan
 from anchor_build.registry import Registry, data_directory
 from anchor_build.render import RenderedModule, render_plan
+from anchor_build.rpm import changelog
 from anchor_build.stage import DECLARATION, NO_PACKAGE, Binary, Stage
 
 FAMILIES = ("fedora", "suse")
 NAME = "anchor-dracut-module"
-LICENSE = "Apache-2.0"
+LICENSE_NAME = "Apache-2.0"
 TEMPLATE = f"{NAME}.spec.j2"
 EXAMPLE = "dracut-anchor.conf"
 MODULES = "/usr/lib/dracut/modules.d"
@@ -98,10 +99,13 @@ def choose_stages(registry: Registry, names: Sequence[Stage] = ()) -> tuple[Stag
     return (registry.core, *(stage for stage in registry.stages if stage.id in wanted))
 
 
-def make_packages(stages: Sequence[Stage], family: str, known: Sequence[Stage] = ()) -> tuple[Package, ...]:
+def make_packages(
+    stages: Sequence[Stage], family: str, known: Sequence[Stage] = (), version: str = __version__
+) -> tuple[Package, ...]:
     """Render each stage, the core first, and say what its package needs in a family of distributions.
 
     `known` are all stages that could have been chosen: the core refuses what asks for one that is not installed.
+    `version` is what nodes say they were built with.
     Raises InvalidFilesError with every program that has no package there, as ``file: key: reason``.
     """
     problems = [text for stage in stages for text in _without_package(stage, family)]
@@ -109,7 +113,7 @@ def make_packages(stages: Sequence[Stage], family: str, known: Sequence[Stage] =
         raise InvalidFilesError(
             problems, "name the package there, mark the program as optional, or leave the stage out with --stage"
         )
-    modules = render_plan(Plan(stages[0], tuple(stages[1:]), tuple(known)))
+    modules = render_plan(Plan(stages[0], tuple(stages[1:]), tuple(known)), version)
     return tuple(_package(module, family) for module in modules)
 
 
@@ -197,7 +201,7 @@ def render_spec(packaging: Packaging) -> str:
         packages=packaging.packages,
         version=packaging.version,
         release=packaging.release,
-        license=LICENSE,
+        license=LICENSE_NAME,
         changelog=changelog.rpm_entries(packaging.changes, packaging.version, packaging.release, packaging.time),
     )
 

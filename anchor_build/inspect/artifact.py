@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO
 
 from anchor_build.cpio import COMPRESSIONS, NEWC_MAGICS
 from anchor_build.errors import AnchorError, UsageError
+from anchor_build.files import file_digest
 
 # Facts of the file itself: two builds of the same may differ in these alone.
 FILE_FACTS = ("bytes", "sha256")
@@ -129,8 +129,7 @@ def utc(seconds: int) -> str:
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Return the size in bytes and the SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 # --- Which kind -------------------------------------------------------------------------------------------
@@ -185,19 +184,19 @@ def _detect(stream: BinaryIO) -> str:
 
 def _read(file: Path, kind: str, stage_dirs: tuple[Path, ...]) -> Artifact:
     if kind == "rpm":
-        from anchor_build.inspect_rpm import inspect_rpm
+        from anchor_build.inspect.rpm import inspect_rpm
 
         return inspect_rpm(file)
     if kind == "initramfs":
-        from anchor_build.inspect_initramfs import inspect_initramfs
+        from anchor_build.inspect.initramfs import inspect_initramfs
 
         return inspect_initramfs(file, stage_dirs)
     if kind == "squashfs":
-        from anchor_build.inspect_squashfs import inspect_squashfs
+        from anchor_build.inspect.squashfs import inspect_squashfs
 
         return inspect_squashfs(file)
     if kind == "erofs":
-        from anchor_build.inspect_erofs import inspect_erofs
+        from anchor_build.inspect.erofs import inspect_erofs
 
         return inspect_erofs(file)
     raise AnchorError(f"{file}: is {kind or 'nothing that can be inspected'}", f"inspect knows {KNOWN}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import ssl
 from pathlib import Path
 from typing import Any
 
-from anchor_build.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.files import sha256
+from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.readback import driver_dependencies, measure_stages
 from anchor_build.registry import Registry, load_registry
 from anchor_build.settings import holds_secret, shown_value
@@ -63,7 +63,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
             size=len(member.content) if member.is_file else member.size,
             owner=f"{member.uid}:{member.gid}",
             time=member.mtime,
-            digest=hashlib.sha256(member.content).hexdigest() if member.is_file else "",
+            digest=sha256(member.content) if member.is_file else "",
             target=member.content.decode("utf-8", "surrogateescape") if member.is_link else "",
         )
         for path, member in sorted(initramfs.members.items())
@@ -144,7 +144,7 @@ def _fingerprints(initramfs: Initramfs) -> list[str]:
     digests = []
     for block in CERTIFICATE.findall(_text(initramfs, "etc/anchor/ca.pem").encode("utf-8", "surrogateescape")):
         try:
-            digests.append(hashlib.sha256(ssl.PEM_cert_to_DER_cert(block.decode("ascii"))).hexdigest())
+            digests.append(sha256(ssl.PEM_cert_to_DER_cert(block.decode("ascii"))))
         except ValueError:
             digests.append("(not readable)")
     return digests

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -88,12 +89,62 @@ def test_rpm_itself_sees_what_was_rendered(built: Path) -> None:
         assert "reference.md" in run("rpm", "-qp", "--docfiles", file).out
 
 
-def test_stages_require_what_they_declare_and_the_core_of_the_same_version(built: Path) -> None:
-    [file] = built.glob("anchor-dracut-auth-acme-*.rpm")
-    version = f"{report(built)['version']}-{report(built)['release']}"
-    found = [line for line in run("rpm", "-qpR", file).out.splitlines() if not line.startswith("rpmlib(")]
-    declared = {binary.rpm for binary in load_registry().find("auth", "acme").binaries}
-    assert sorted(found) == sorted([f"anchor-dracut-module = {version}", *declared])
+@pytest.mark.parametrize("family", ["fedora", "suse"])
+def test_packages_require_what_the_stages_declare_and_nothing_else(built: Path, tmp_path: Path, family: str) -> None:
+    """As rpm sees it, beside the declarations as they are written."""
+    out = built
+    if family == "suse":
+        out = tmp_path / "out"
+        build(out, "--family", "suse")
+    version = f"{report(out)['version']}-{report(out)['release']}"
+    for file in sorted((TOP / "dracut-modules").glob("*/stage.toml")):
+        stage = tomllib.loads(file.read_text())["stage"]
+        required, recommended = set(), set()
+        for binary in stage.get("binaries", []):
+            name = binary.get("suse", binary["rpm"]) if family == "suse" else binary["rpm"]
+            (recommended if binary.get("optional") else required).add(name)
+        if file.parent.name == "anchor":
+            package = "anchor-dracut-module"
+            # SUSE has all of dracut's modules in one package.
+            required |= {"dracut"} if family == "suse" else {"dracut", "dracut-network"}
+        else:
+            package = f"anchor-dracut-{file.parent.name}"
+            required.add(f"anchor-dracut-module = {version}")
+            assert "dracut" not in stage
+        if stage["kind"] == "image":
+            required.add(f"anchor-dracut-transport-https = {version}")
+        [rpm] = out.glob(f"{package}-[0-9]*.noarch.rpm")
+        said = run("rpm", "-qp", "--requires", rpm).out.splitlines()
+        assert {name for name in said if not name.startswith("rpmlib(")} == required, package
+        assert set(run("rpm", "-qp", "--recommends", rpm).out.splitlines()) == recommended - required, package
+
+
+def test_the_names_of_directories_are_those_that_are_documented(built: Path) -> None:
+    [core] = built.glob("anchor-dracut-module-[0-9]*.noarch.rpm")
+    documents = run("rpm", "-qp", "--docfiles", core).out.splitlines()
+    [example] = (path for path in documents if path.endswith("dracut-anchor.conf"))
+    assert f"--conf {example} " in (TOP / "specs" / "dracut-anchor.conf").read_text()
+    assert run("rpm", "-qp", "--licensefiles", core).out == "/usr/share/licenses/anchor-dracut-module/LICENSE\n"
+
+
+def test_build_sh_alone_leaves_packages_without_a_terminal(tmp_path: Path) -> None:
+    """Also where nobody is there to answer, from another directory; .venv is there already, as after the first run."""
+    top = tmp_path / "tree"
+    (top / "contrib").mkdir(parents=True)
+    (top / ".venv" / "bin").mkdir(parents=True)
+    for name in ("build.sh", "pyproject.toml", "contrib/packages.txt"):
+        shutil.copy(TOP / name, top / name)
+    shutil.copy(TOP / "pyproject.toml", top / ".venv" / ".prepared-build")
+    (top / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    program = top / ".venv" / "bin" / "anchor-build"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m anchor_build "$@"\n')
+    program.chmod(0o755)
+    env = {"PYTHONPATH": str(TOP), "TERM": "dumb", "HOME": str(tmp_path), "SOURCE_DATE_EPOCH": str(TIME)}
+    done = run("setsid", "--wait", top / "build.sh", cwd=tmp_path, env=env)
+    names = sorted(path.name for path in (top / "out" / "rpm").glob("*.noarch.rpm"))
+    assert [Path(line).name for line in done.out.splitlines()] == names
+    assert len(names) == len(load_registry().stages) + 1
+    assert "\x1b" not in done.out + done.err
 
 
 def test_the_source_package_alone_gives_the_same_packages(built: Path, tmp_path: Path) -> None:
@@ -143,10 +194,7 @@ def test_another_place_time_and_user_give_the_same_bytes(tmp_path: Path) -> None
     python = Path(sys.executable).resolve()
     try:
         for top in (first, tree):
-            for name in ("anchor_build", "dracut-modules", "lib", "specs"):
-                shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
-            for name in ("CHANGELOG.md", "LICENSE"):
-                shutil.copy(TOP / name, top / name)
+            rpm_host.copy_tree(top)
         env = {**fixed, "PYTHONPATH": f"{first}:{site}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         run(python, *words, first / "out", cwd=first, env=env)
         home = tree / "home with blanks"

@@ -59,6 +59,20 @@ def test_every_stage_is_a_package_with_what_it_declares() -> None:
         assert all(len(line) < 80 for line in package.description.splitlines())
 
 
+def test_an_update_of_anchor_0_1_5_brings_what_it_could_do() -> None:
+    """Its one package had every way to authenticate and fetch whose parameters are accepted under their older names."""
+    packages = make_packages(choose_stages(load_registry()), "fedora")
+    replacing = {package.module.stage.id for package in packages if relations(package, "Obsoletes")}
+    older = {p.module.stage.id for p in packages if any(param.alias for param in p.module.stage.params)}
+    # squashfs_mount_only= is a parameter of the image, for which the transport is needed.
+    assert replacing == {"anchor", *older, "transport-file"} - {"transport-https"}
+
+
+def test_nodes_are_told_the_version_of_the_package() -> None:
+    core = make_packages(choose_stages(load_registry()), "fedora", version="1.2.3rc1")[0]
+    assert core.module.files["version"].content == b"1.2.3rc1\n"
+
+
 def test_an_image_stage_brings_the_transport_without_which_it_is_idle() -> None:
     registry = load_registry()
     stages = choose_stages(registry, [registry.find("image", "squashfs")])

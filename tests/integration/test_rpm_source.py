@@ -220,7 +220,8 @@ def package(source_package: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "stand_in_python": sys.executable,
         "dist": ".test",
         "_buildhost": "anchor-build",
-        "__os_install_post": "/usr/lib/rpm/brp-compress",  # what distributions do with man pages
+        # What distributions do with man pages: by bash, which is their /bin/sh, since it fails under Debian's.
+        "__os_install_post": "bash /usr/lib/rpm/brp-compress",
     }
     argv = ["rpmbuild", "--rebuild", "--nodeps", "--load", str(MACROS)]
     argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]

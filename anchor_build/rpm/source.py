@@ -5,21 +5,21 @@ The source archive is also one that pip installs.
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import re
 import tarfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anchor_build
 from anchor_build.errors import AnchorError
 from anchor_build.files import directory_problems, disk_errors, place, staging, work_directory
+from anchor_build.rpm.archive import pack
 from anchor_build.rpm.changelog import read_changelog, rpm_entries
 from anchor_build.rpm.rpmbuild import RPMBUILD, missing, run_rpmbuild
+from anchor_build.rpm.spec import environment
 from anchor_build.run import which
 from anchor_build.version import Version, git, tree_time, tree_version
 
@@ -86,27 +86,22 @@ def _below(place: Path) -> list[Path]:
 
 def archive(top: Path, version: Version, epoch: int) -> bytes:
     """Return the source archive, with the version written into it; the same files give the same bytes."""
-    packed = io.BytesIO()
-    with (
-        gzip.GzipFile(fileobj=packed, mode="wb", mtime=epoch, filename="") as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
-    ):
-        for path in source_files(top):
-            file = top / path
-            if not file.exists() and not file.is_symlink():
-                continue  # deleted, and not yet committed: the version says dirty
-            entry = tarfile.TarInfo(f"{archive_name(version)}/{path}")
-            entry.mtime = epoch
-            if file.is_symlink():
-                entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, str(file.readlink()), 0o777
-                tar.addfile(entry)
-                continue
+    return pack(_entries(top, version), epoch)
+
+
+def _entries(top: Path, version: Version) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    for path in source_files(top):
+        file = top / path
+        entry = tarfile.TarInfo(f"{archive_name(version)}/{path}")
+        if file.is_symlink():
+            entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, str(file.readlink()), 0o777
+            yield entry, b""
+        elif file.exists():  # else it is deleted, and not yet committed: the version says dirty
             content = file.read_bytes()
             if path == DECLARATION:
                 content = DECLARED.sub(f'__version__ = "{version.python}"'.encode(), content)
-            entry.size, entry.mode = len(content), 0o755 if os.access(file, os.X_OK) else 0o644
-            tar.addfile(entry, io.BytesIO(content))
-    return packed.getvalue()
+            entry.mode = 0o755 if os.access(file, os.X_OK) else 0o644
+            yield entry, content
 
 
 # --- The spec ---------------------------------------------------------------------------------------------
@@ -114,22 +109,11 @@ def archive(top: Path, version: Version, epoch: int) -> bytes:
 
 def spec_text(top: Path, version: Version, epoch: int) -> str:
     """Return the spec of the tool; `epoch` is the time of its last change."""
-    import jinja2
-
     with (top / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
     releases = read_changelog(top / "CHANGELOG.md")
     entries = rpm_entries(releases, version.rpm.version, version.rpm.release, epoch)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(top / TEMPLATE.parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        comment_start_string="<#",  # {# can stand in a macro
-        comment_end_string="#>",
-        autoescape=False,  # noqa: S701 - the output is a spec, and every value is made here
-    )
-    return environment.get_template(TEMPLATE.name).render(_values(project, version, entries))
+    return environment(top / TEMPLATE.parent).get_template(TEMPLATE.name).render(_values(project, version, entries))
 
 
 def _values(project: Mapping[str, Any], version: Version, entries: Sequence[str]) -> dict[str, Any]:
@@ -140,5 +124,5 @@ def _values(project: Mapping[str, Any], version: Version, entries: Sequence[str]
         "archive": archive_name(version),
         # The commands are imported for the man pages, so that the build needs what they need.
         "build_requires": [re.split(r"[^A-Za-z0-9._-]", name)[0].lower() for name in needed],
-        "changelog": [entry.replace("%", "%%") for entry in entries],
+        "changelog": entries,
     }

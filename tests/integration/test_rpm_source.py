@@ -26,6 +26,11 @@ from anchor_build.version import parse_tag, tree_version
 from tests.conftest import TOP
 from tests.integration.rpm_host import AS_NOBODY, KEY_NAME, rpmlint, run, signing_key
 
+HIDDEN = (
+    *("shellcheck", "shfmt", "busybox", "lz4", "man", "curl", "dracut", "qemu-system-x86_64", "nginx", "strace"),
+    *("mksquashfs", "unsquashfs", "sqfs2tar", "mkfs.erofs", "fsck.erofs", "createrepo_c", "dnf", "rpmlint", "faketime"),
+    *("socat", "uacme", "rsync", "ssh", "dropbear", "chronyd", "dnsmasq", "pebble"),
+)
 MACROS = TOP / "tests" / "fixtures" / "rpm" / "pyproject.macros"
 WHEN = 1_700_000_000  # seconds since the epoch: 2023-11-14
 SITE = "usr/lib/python3.11/site-packages"
@@ -207,6 +212,17 @@ def test_what_can_go_wrong(copy: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not out.exists() or out.is_file()
 
 
+@pytest.mark.parametrize("suse", [False, True])
+def test_the_spec_asks_each_family_for_its_macros(source_package: Path, tmp_path: Path, suse: bool) -> None:
+    unpack(source_package, tmp_path)
+    words: list[str | Path] = ["rpmspec", "--query", "--srpm", "--requires", "--load", MACROS]
+    words += ["--define", f"stand_in_python {sys.executable}", *(["--define", "suse_version 1699"] if suse else [])]
+    found = set(run(*words, tmp_path / "anchor-build.spec").out.split("\n"))
+    assert ("python-rpm-macros" if suse else "pyproject-rpm-macros") in found
+    assert ("pyproject-rpm-macros" if suse else "python-rpm-macros") not in found
+    assert {"python3-devel >= 3.11", "python3dist(hatchling)", "python3dist(pytest)", "git-core"} <= found
+
+
 # --- The package that comes out of it ---------------------------------------------------------------------
 
 
@@ -225,9 +241,10 @@ def package(source_package: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     }
     argv = ["rpmbuild", "--rebuild", "--nodeps", "--load", str(MACROS)]
     argv += [word for name, value in defines.items() for word in ("--define", f"{name} {value}")]
-    # As in a build root: no network but loopback.
-    loopback = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-    offline = ["unshare", "--net", *loopback] if os.geteuid() == 0 else []
+    # As in a build root: no network but loopback, and no program that neither BuildRequires nor every build root has.
+    hidden = " ".join(path for program in HIDDEN if (path := shutil.which(program)))
+    script = f'ip link set lo up && for p in {hidden}; do mount --bind /dev/null "$p" || exit; done; exec "$@"'
+    offline = ["unshare", "--net", "--mount", "sh", "-c", script, "sh"] if os.geteuid() == 0 else []
     # The version of a build is the archive's: the checkout around it is none of its business.
     env = {"PATH": os.environ["PATH"], "HOME": str(top), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(

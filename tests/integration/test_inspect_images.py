@@ -100,7 +100,7 @@ def test_without_the_program_for_contents_a_note_says_so(
 def test_damaged_contents_are_refused(tree: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data of a file that was changed in the image: an error of one message, and nothing left in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tree / "large").write_bytes(b"".join(struct.pack("<I", n * 2654435761 % 2**32) for n in range(40000)))
+    (tree / "large").write_bytes(b"".join(struct.pack("<I", n * 2654435761 % 2**32) for n in range(2000)) * 20)
     file = image(tree, kind)
     found = read_artifact(file)
     good = file.read_bytes()

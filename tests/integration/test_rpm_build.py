@@ -99,7 +99,8 @@ def test_packages_require_what_the_stages_declare_and_nothing_else(built: Path, 
     version = f"{report(out)['version']}-{report(out)['release']}"
     for file in sorted((TOP / "dracut-modules").glob("*/stage.toml")):
         stage = tomllib.loads(file.read_text())["stage"]
-        required, recommended = set(), set()
+        required: set[str] = set()
+        recommended: set[str] = set()
         for binary in stage.get("binaries", []):
             name = binary.get("suse", binary["rpm"]) if family == "suse" else binary["rpm"]
             (recommended if binary.get("optional") else required).add(name)

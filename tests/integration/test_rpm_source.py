@@ -312,7 +312,10 @@ def test_the_package_works_where_it_is_installed(package: Path, tmp_path: Path) 
     payload = subprocess.run(["rpm2cpio", package], capture_output=True, check=True).stdout
     subprocess.run(["cpio", "-idm", "--quiet"], input=payload, cwd=tmp_path, check=True)
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / SITE)}
-    argv = [sys.executable, tmp_path / "usr/bin/anchor-build"]  # whose own Python need not have the modules
+    argv: list[str | Path] = [
+        sys.executable,
+        tmp_path / "usr/bin/anchor-build",
+    ]  # whose own Python need not have the modules
     said = subprocess.run([*argv, "--version"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert said.stdout == "anchor-build, version 9.8.7rc1\n"
     said = subprocess.run([*argv, "stages"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)

@@ -129,6 +129,7 @@ def _read_tar(source: BinaryIO) -> dict[str, tuple[int, str, tuple[tuple[str, st
     found: dict[str, tuple[int, str, tuple[tuple[str, str], ...]]] = {}
     with source, tarfile.open(fileobj=source, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
         for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined] # else all are kept; typeshed does not know it
             path = member.name.removeprefix("./").strip("/")
             xattrs = tuple(
                 (name.removeprefix(XATTR), value.encode("utf-8", "surrogateescape").hex())

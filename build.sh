@@ -1,7 +1,7 @@
 #!/bin/bash
 # Usage: build.sh demo [--keep | --stop]      boot a diskless node here, with everything it needs
 #        build.sh test [--fast | PYTEST ARGS] run the tests; --fast leaves out boots and slow ones
-#        build.sh bench [fetch | crowd] [ARGS] measure build and boot, a download, or many at once
+#        build.sh bench [fetch | crowd | packages] [ARGS] measure build and boot, a download, many at once, or RPMs
 #        build.sh [ARGS]                      anchor-build ARGS; without ARGS build the RPMs
 #
 # Prepares what is missing first: the distribution's packages named in contrib/packages.txt, and a
@@ -40,7 +40,7 @@ main() {
             ;;
         bench)
             shift
-            prepare build demo bench
+            prepare build rpm demo bench
             cd "$here"
             exec "$venv/bin/python" -m tests.bench "$@"
             ;;

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anchor_build import __version__, dracut, readback
+from anchor_build.console import Step
 from anchor_build.cpio import read_initramfs
 from anchor_build.errors import AnchorError, ProcessError
-from anchor_build.files import beside, disk_errors, output_problems, work_directory
+from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
@@ -22,8 +22,6 @@ from anchor_build.settings import Setting
 from anchor_build.signing import PublicKey
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
-
-Step = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,7 @@ def _verify(
     data = request.output.read_bytes()
     return {
         "file": build.output.name,
-        "sha256": readback.sha256(data),
+        "sha256": sha256(data),
         "bytes": len(data),
         "compression": request.compress,
         "anchor_build": __version__,
@@ -246,17 +244,17 @@ def _verify(
 
 def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[str, str]:
     """Return the SHA-256 of each input by its role; no path of this host."""
-    inputs = {**build.inputs, "ca": readback.sha256(build.ca)}
-    inputs["modules.dep"] = readback.sha256((build.kernel.modules / "modules.dep").read_bytes())
+    inputs = {**build.inputs, "ca": sha256(build.ca)}
+    inputs["modules.dep"] = sha256((build.kernel.modules / "modules.dep").read_bytes())
     if build.kernel.image is not None:
-        inputs["kernel"] = readback.sha256(build.kernel.image.read_bytes())
+        inputs["kernel"] = sha256(build.kernel.image.read_bytes())
     for module in modules:
         inputs[module.name] = module_digest(module)
     for stage in build.plan.all:
         for binary in stage.binaries:
             path = dracut.find_program(binary.name)
             if path is not None:
-                inputs[f"program {binary.name}"] = readback.sha256(path.read_bytes())
+                inputs[f"program {binary.name}"] = sha256(path.read_bytes())
     return inputs
 
 

@@ -8,14 +8,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
 TICK_S = 0.2
 ERASE_LINE = "\r\033[K"
+
+
+class Step(Protocol):
+    """Shows that something is being done, and how far it is."""
+
+    def __call__(self, title: str, progress: Callable[[], str] | None = None) -> AbstractContextManager[None]:
+        """Enter the step called `title`."""
 
 
 @dataclass(frozen=True)

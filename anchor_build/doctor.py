@@ -13,6 +13,7 @@ from anchor_build import dracut
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import installed_releases
 from anchor_build.plan import Plan
+from anchor_build.rpm.rpmbuild import RPMBUILD
 from anchor_build.run import which
 from anchor_build.stage import NO_PACKAGE, Binary
 
@@ -23,7 +24,6 @@ TOOLS = (
 )
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
-RPMBUILD = Binary("rpmbuild", "rpm-build", "rpm")
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 

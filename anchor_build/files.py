@@ -5,29 +5,45 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anchor_build.errors import AnchorError, ProcessError
 
+# What is done with macros and unquoted shell text, as by rpmbuild, does not survive other characters in a path.
+PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
 )
 
 
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def cache_directory() -> Path:
     """Return the directory for work and caches: $XDG_CACHE_HOME/anchor-build, which may vanish at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "anchor-build"
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 as hexadecimal text."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256 as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place(source: Path, target: Path, seconds: int) -> None:
+    """Copy a file for everyone to read, dated `seconds` since the epoch."""
+    target.write_bytes(source.read_bytes())
+    target.chmod(0o644)
+    os.utime(target, (seconds, seconds))
 
 
 def disk_hint(output: str) -> str:
@@ -62,9 +78,15 @@ def disk_hints() -> Iterator[None]:
 
 
 @contextmanager
-def work_directory() -> Iterator[Path]:
-    """Yield a directory in the cache that goes away."""
+def work_directory(*, plain: bool = False) -> Iterator[Path]:
+    """Yield a directory in the cache that goes away.
+
+    With `plain` its path has no characters that macros or unquoted shell text would trip over: where the cache's has,
+    it is the system's directory for temporary files. Raises AnchorError when it cannot be made.
+    """
     cache = cache_directory().absolute()
+    if plain and not PLAIN_PATH.fullmatch(str(cache)):
+        cache = Path(tempfile.gettempdir())
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
@@ -75,6 +97,37 @@ def work_directory() -> Iterator[Path]:
         ) from None
     with work as name:
         yield Path(name)
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """Yield a directory from which finished files only have to be renamed into the directory `output`.
+
+    It is removed on the way out, and after a failure the directories that had to be made for it, too. Raises
+    AnchorError when they cannot be made.
+    """
+    missing = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=".anchor-build-", dir=output)
+    except OSError as error:
+        _remove_empty(missing)
+        raise AnchorError(
+            f"--out {output}: cannot be written: {error.strerror}", "name another directory with --out"
+        ) from None
+    try:
+        yield Path(name)
+    except BaseException:
+        shutil.rmtree(name, ignore_errors=True)
+        _remove_empty(missing)
+        raise
+    shutil.rmtree(name, ignore_errors=True)
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 @contextmanager
@@ -117,3 +170,11 @@ def output_problems(output: Path, *others: Path) -> list[str]:
         if other.exists() and not other.is_file():
             problems.append(f"--output {output}: its {what} {other} is there and not a plain file")
     return problems
+
+
+def directory_problems(output: Path) -> list[str]:
+    """Return why nothing could be put into a directory, which need not be there yet; nothing when it could."""
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return [f"--out {output}: {nearest} is not a directory"]
+    return [] if os.access(nearest, os.W_OK | os.X_OK) else [f"--out {output}: {nearest} may not be written"]

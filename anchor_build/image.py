@@ -8,14 +8,14 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from anchor_build import __version__
-from anchor_build.console import printable
+from anchor_build.console import Step, printable
 from anchor_build.distribution import Distribution, build_tree, distribution_problems
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import (
@@ -60,13 +60,6 @@ MODULES = re.compile(r"(?:usr/)?lib/modules/([^/]+)/modules\.dep", re.DOTALL)
 MAX_TIME = 2**32 - 1
 NO_UUID = "00000000-0000-0000-0000-000000000000"
 PACK_TIMEOUT = 4 * 3600.0
-
-
-class Step(Protocol):
-    """Shows that something is being done, and how far it is."""
-
-    def __call__(self, title: str, progress: Callable[[], str] | None = None) -> AbstractContextManager[None]:
-        """Enter the step called `title`."""
 
 
 @dataclass(frozen=True)

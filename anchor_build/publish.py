@@ -16,21 +16,20 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from anchor_build.console import Step
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import beside, disk_errors, file_digest, put_in_place
 from anchor_build.manifest import MAX_BYTES, SUFFIX, Manifest, parse_manifest, read_manifest, split_manifest
 from anchor_build.run import run
 from anchor_build.signing import PublicKey, verify_signature
 
-Step = Callable[[str], AbstractContextManager[None]]
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9._/-]*))?")
 # The largest object of one PUT request (docs: Amazon S3, "Uploading objects"); multipart uploads are not made here.
 S3_MAX_BYTES = 5 * 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +160,3 @@ def driver_dependencies(modules_dep: str) -> dict[str, tuple[str, ...]]:
     """Return what each driver needs, by the text of a modules.dep."""
     pairs = (line.partition(":") for line in modules_dep.splitlines())
     return {_driver_name(name): tuple(_driver_name(path) for path in rest.split()) for name, _, rest in pairs}
-
-
-def sha256(data: bytes) -> str:
-    """Return the digest as hexadecimal text."""
-    return hashlib.sha256(data).hexdigest()

@@ -72,16 +72,18 @@ def installed_files(stage: Stage) -> tuple[tuple[str, str, int], ...]:
     return tuple(found)
 
 
-def render_plan(plan: Plan) -> tuple[RenderedModule, ...]:
-    """Render the core and every stage of a plan.
+def render_plan(plan: Plan, version: str = __version__) -> tuple[RenderedModule, ...]:
+    """Render the core and every stage of a plan; `version` is what the node finds in /etc/anchor/version.
 
     Raises AnchorError when a file that a declaration names does not exist.
     """
-    return tuple(render_module(stage, plan.choosers if stage.is_core else {}) for stage in plan.all)
+    return tuple(render_module(stage, plan.choosers if stage.is_core else {}, version) for stage in plan.all)
 
 
-def render_module(stage: Stage, choosers: Mapping[str, str] | None = None) -> RenderedModule:
-    """Render one stage's dracut module; the core's needs `choosers` (see Plan.choosers)."""
+def render_module(
+    stage: Stage, choosers: Mapping[str, str] | None = None, version: str = __version__
+) -> RenderedModule:
+    """Render one stage's dracut module; the core's needs `choosers` (see Plan.choosers), and has the version."""
     environment = _environment()
     context = _context(stage, choosers or {})
     files = {
@@ -96,7 +98,7 @@ def render_module(stage: Stage, choosers: Mapping[str, str] | None = None) -> Re
     for file in stage.files:
         files[file.source] = RenderedFile((stage.directory / file.source).read_bytes(), int(file.mode, 8))
     if stage.is_core:
-        files["version"] = _text(f"{__version__}\n", 0o644)
+        files["version"] = _text(f"{version}\n", 0o644)
         for name in CORE_FILES:
             mode = 0o755 if name.startswith("hook-") else 0o644
             files[name] = RenderedFile((stage.directory / name).read_bytes(), mode)

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -233,6 +235,22 @@ def source_date_epoch() -> int | None:
     if given is not None and (len(given) > 10 or int(given) >= 2**32):
         raise AnchorError(f"SOURCE_DATE_EPOCH={given}: is later than 2106, the last year that file systems can note")
     return None if given is None else int(given)
+
+
+def tree_time(top: Path, files: Iterable[Path]) -> int:
+    """Return the time of a tree's packages in seconds since the epoch.
+
+    That is SOURCE_DATE_EPOCH, else the time of the commit, else that of the newest of `files`: a clock reading would
+    make two builds of the same inputs differ. Raises as source_date_epoch does.
+    """
+    given = source_date_epoch()
+    if given is not None:
+        return given
+    if (top / ".git").exists() and which("git") is not None:
+        committed = git(top, "log", "-1", "--format=%ct", check=False)
+        if committed.status == 0:
+            return int(committed.stdout)
+    return min(max(int(path.lstat().st_mtime) for path in files), int(time.time()))
 
 
 def rpm_version(top: Path | None = None) -> RpmVersion:

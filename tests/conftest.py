@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def _no_profiles() -> Iterator[None]:
         patch.delenv("ANCHOR_BUILD_PROFILE", raising=False)
         patch.setenv("ANCHOR_BUILD_CONFIG", os.devnull)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Let tests send SIGINT: what a shell or a build daemon starts in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from anchor_build.console import Console, printable
 from anchor_build.options import json_option, stage_dir_option
 
 if TYPE_CHECKING:
-    from anchor_build.artifact import Artifact, Difference, Entry
+    from anchor_build.inspect.artifact import Artifact, Difference, Entry
 
 WIDTH = 100
 # What is longer is cut off unless --files asks for all.
@@ -38,7 +38,8 @@ def command(
     """Show what is inside FILE, an RPM, an initramfs, or a squashfs or erofs image; with OTHER, how that differs.
 
     What a file is, its content says, not its name. A package's payload is compared with its header. Secrets that
-    are baked into an initramfs are not shown. Exits 0, or 1 when FILE cannot be read or OTHER differs from it.
+    are baked into an initramfs are not shown. The files of an image are listed without reading them; for a comparison
+    they are read, with their extended attributes. Exits 0, or 1 when FILE cannot be read or OTHER differs from it.
 
     \b
     Examples:
@@ -46,16 +47,19 @@ def command(
       anchor-build inspect anchor-dracut-module.rpm --files
       anchor-build inspect yesterday.img today.img --json
     """  # noqa: D301
-    from anchor_build.artifact import compare, read_artifact
+    from anchor_build.inspect.artifact import check_kinds, compare, read_artifact
 
     first = read_artifact(file, stage_dir)
     if other is None:
         if as_json:
-            console.json(as_data(file, first, files))
+            console.json(as_data(file, _whole(console, file, first) if files else first, files))
         else:
             show(console, file, first, files)
         return
     second = read_artifact(other, stage_dir)
+    check_kinds(first, second)
+    if first.facts["sha256"] != second.facts["sha256"]:
+        first, second = _whole(console, file, first), _whole(console, other, second)
     difference = compare(first, second)
     if as_json:
         console.json(difference_as_data(file, other, difference))
@@ -65,6 +69,16 @@ def command(
             console.info(f"note: {printable(note)}")
     if not difference.same:
         sys.exit(1)
+
+
+def _whole(console: Console, file: Path, artifact: Artifact) -> Artifact:
+    """Read the contents of an image, which takes its time."""
+    from anchor_build.inspect.artifact import add_contents
+
+    if artifact.kind != "image":
+        return artifact
+    with console.step(f"read the contents of {printable(str(file))}"):
+        return add_contents(file, artifact)
 
 
 # --- One artifact -----------------------------------------------------------------------------------------
@@ -157,7 +171,7 @@ def difference_as_data(file: Path, other: Path, difference: Difference) -> dict[
 
 def show_difference(console: Console, file: Path, other: Path, difference: Difference, files: bool) -> None:
     """Print a difference for people: facts, then entries, then a count."""
-    from anchor_build.artifact import FILE_FACTS
+    from anchor_build.inspect.artifact import FILE_FACTS
 
     if difference.same:
         click.echo("no difference: the same bytes")
@@ -201,12 +215,20 @@ def _brief(entry: Entry) -> str:
     return f"{entry.path} ({stat.filemode(entry.mode)} {entry.owner}, {entry.size} bytes)"
 
 
+def _xattr_changes(old: str, new: str) -> str:
+    before, after = ({part for part in text.split(", ") if part} for text in (old, new))
+    signs = [*(f"-{part}" for part in sorted(before - after)), *(f"+{part}" for part in sorted(after - before))]
+    return f"xattrs {' '.join(signs)}"
+
+
 def _changes(values: Mapping[str, tuple[str, str]]) -> str:
     parts = []
     for name, (old, new) in values.items():
         # What a digest is says nothing to people, that it changed does; a time that changed with it neither.
         if name == "sha256":
             parts.append("content")
+        elif name == "xattrs":
+            parts.append(_xattr_changes(old, new))
         elif name != "time" or len(values) == 1:
             parts.append(f"{name} {old} -> {new}")
     return ", ".join(parts)

@@ -70,8 +70,8 @@ def command(
       anchor-build rpm --tool --out srpm
     """  # noqa: D301
     from anchor_build.describe import find_stage
-    from anchor_build.rpmbuild import RpmBuild, build_packages, host_family
-    from anchor_build.rpmspec import choose_stages
+    from anchor_build.rpm.build import RpmBuild, build_packages, host_family
+    from anchor_build.rpm.spec import choose_stages
 
     if tool:
         # --srpm is what it does anyway.
@@ -110,10 +110,10 @@ def command(
 
 def _make_tool(console: Console, output: Path, as_json: bool) -> None:
     """Make the source package of anchor-build itself and print where it is."""
-    from anchor_build.source_rpm import tool_srpm
+    from anchor_build.rpm.source import tool_srpm
 
     with console.step("make the source package of anchor-build"):
-        package, warnings = tool_srpm(output)
+        package, warnings = tool_srpm(output, tell=lambda line: console.detail(f"  | {line}"))
     for text in warnings:
         console.warn(text)
     if as_json:

@@ -1,6 +1,6 @@
 """`./build.sh bench`: this project's initramfs against dracut's own livenet, same machine, same run, same image.
 
-`./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone.
+`./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone, `./build.sh bench packages` the RPMs.
 
 Prints medians, ratios and their spread; writes them to out/bench.json. Nothing here passes or fails: figures do not
 belong in a timed test.
@@ -26,7 +26,7 @@ from anchor_build.console import Console, format_table
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, start, stop
 from contrib.site import image, pki, servers
-from tests.bench import crowd, fetch
+from tests.bench import crowd, fetch, packages
 
 # What systemd of any version says on the console, in the initramfs and in the booted system.
 SWITCH = re.compile(r"Switch Root")
@@ -208,7 +208,7 @@ def measure(
 
 def main() -> None:
     """Run everything, print the table and write the figures."""
-    for name, bench in (("fetch", fetch.main), ("crowd", crowd.main)):
+    for name, bench in (("fetch", fetch.main), ("crowd", crowd.main), ("packages", packages.main)):
         if sys.argv[1:2] == [name]:
             bench(sys.argv[2:])
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,12 @@ LIMIT_S = 120
 TIME = 1_700_000_000
 KEY_NAME = "packages@site.example"
 MODULES = Path("usr/lib/dracut/modules.d")
+NOBODY = 65534
+# Root becomes somebody else, who keeps the ability to read this Python, which may be in root's own home.
+AS_NOBODY = (
+    *("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"),
+    *("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,17 @@ def build(
     argv = [sys.executable, "-m", "anchor_build", "rpm", "--out", out, *words]
     own = {"PYTHONPATH": str(TOP), "SOURCE_DATE_EPOCH": str(TIME), "XDG_CACHE_HOME": str(out.parent / "cache")}
     return run(*argv, check=check, cwd=cwd or out.parent, env={**own, **(env or {})})
+
+
+def copy_tree(top: Path, version: str = "") -> Path:
+    """Copy what packages are made of, without git; `version` is another one than it declares."""
+    for name in ("anchor_build", "dracut-modules", "lib", "specs"):
+        shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("CHANGELOG.md", "LICENSE"):
+        shutil.copy(TOP / name, top / name)
+    if version:
+        (top / "anchor_build" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    return top
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -124,6 +142,19 @@ install -m 755 %{{SOURCE0}} %{{SOURCE1}} %{{buildroot}}/{MODULES}/50anchor
 /{MODULES}/50anchor
 """
     return make_rpms(out, spec, {"module-setup.sh": "check() { return 0; }\n", "parse-anchor.sh": "exit\n"})
+
+
+def rpmlint(packages: Sequence[Path], key: Path, home: Path) -> tuple[int, set[str]]:
+    """Return the number of errors and the names of the warnings, with the public key of the packages in `key`."""
+    # rpmlint knows the keys that rpm's database holds: it gets one of its own.
+    (home / ".rpmmacros").write_text(f"%_dbpath {home / 'database'}\n%_keyring rpmdb\n")
+    run("rpmkeys", "--import", key, env={"HOME": str(home)})
+    # How it ends says whether there are errors, which its last line tells, too.
+    done = run("rpmlint", "-c", TOP / "specs" / "rpmlint.toml", *packages, check=False, env={"HOME": str(home)})
+    found = re.search(rf" {len(packages)} packages and .* checked; ([0-9]+) errors,", done.out)
+    assert found, done.out + done.err
+    warnings = {line.split(": W: ")[1].split()[0] for line in done.out.splitlines() if ": W: " in line}
+    return int(found[1]), warnings
 
 
 @dataclass(frozen=True)

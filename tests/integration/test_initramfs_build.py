@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 from anchor_build import dracut
-from anchor_build.artifact import read_artifact
 from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.inspect.artifact import read_artifact
 from anchor_build.plan import make_plan
 from anchor_build.readback import find_program
 from anchor_build.registry import load_registry

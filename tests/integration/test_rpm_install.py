@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
 from tests.integration import rpm_host
 from tests.integration.rpm_host import KEY_NAME, TIME, Root, build, needed, report, run
 
@@ -44,7 +43,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with rpm_host.signing_key() as home:
         words = ["--srpm", "--repo", "--sign", KEY_NAME]
         build(top / "out", *words, env={"GNUPGHOME": str(home)})
-        build(top / "newer", "--dist", ".1", env={"SOURCE_DATE_EPOCH": str(TIME + 1)})
+        tree = rpm_host.copy_tree(top / "tree", version="9.9")
+        # One file goes, another one comes.
+        stage = tree / "dracut-modules" / "auth-acme"
+        for file in (stage / "stage.toml", stage / "stage.sh", stage / "anchor-acme.sh"):
+            file.write_text(file.read_text().replace("anchor-acme.sh", "anchor-later.sh"))
+        (stage / "anchor-acme.sh").rename(stage / "anchor-later.sh")
+        build(top / "newer", env={"SOURCE_DATE_EPOCH": str(TIME + 1), "PYTHONPATH": str(tree)})
         stand_ins = rpm_host.stand_ins(top / "distribution", needed(top / "out"))
         run("createrepo_c", "--quiet", top / "distribution")
         [old] = rpm_host.old_package(top / "old")
@@ -65,16 +70,10 @@ def names(packages: list[str]) -> list[str]:
 
 
 def test_rpmlint_has_no_error_and_each_warning_is_explained(made: Made, tmp_path: Path) -> None:
-    # rpmlint knows the keys that rpm's database holds: it gets one of its own.
-    (tmp_path / ".rpmmacros").write_text(f"%_dbpath {tmp_path / 'database'}\n%_keyring rpmdb\n")
-    run("rpmkeys", "--import", made.out / "repodata" / "repomd.xml.key", env={"HOME": str(tmp_path)})
-    done = run(
-        "rpmlint", "-c", TOP / "specs" / "rpmlint.toml", *sorted(made.out.glob("*.rpm")), env={"HOME": str(tmp_path)}
-    )
-    assert f"{len(made.packages) + 1} packages and" in done.out
-    assert " 0 errors," in done.out
-    warnings = {line.split(": W: ")[1].split()[0] for line in done.out.splitlines() if ": W: " in line}
-    assert warnings == set(EXPLAINED)
+    packages = sorted(made.out.glob("*.rpm"))
+    assert len(packages) == len(made.packages) + 1
+    key = made.out / "repodata" / "repomd.xml.key"
+    assert rpm_host.rpmlint(packages, key, tmp_path) == (0, set(EXPLAINED))
 
 
 def test_install_verify_and_remove_leave_nothing(made: Made, root: Root) -> None:
@@ -95,13 +94,21 @@ def test_install_verify_and_remove_leave_nothing(made: Made, root: Root) -> None
     assert all((root.path / path).is_dir() and "anchor" not in path for path in left), left
 
 
-def test_upgrade_from_the_build_before(made: Made, root: Root) -> None:
+def test_upgrade_from_the_version_before(made: Made, root: Root) -> None:
     root.rpm("-Uvh", *made.packages)
+    stage = root.path / rpm_host.MODULES / "51anchor-auth-acme"
+    assert (stage / "anchor-acme.sh").exists()
     root.rpm("-Uvh", *sorted(made.newer.glob("*.noarch.rpm")))
-    assert len(names(root.packages())) == len(made.packages)
-    releases = root.rpm("-qa", "--qf", "%{NAME} %{RELEASE}\n").out
-    assert {line.split()[1] for line in releases.splitlines() if line.startswith("anchor")} == {"1.1"}
-    assert root.rpm("-V", "anchor-dracut-module", "anchor-dracut-auth-acme").out == ""
+    own = [package["name"] for package in report(made.out)["packages"]]
+    assert names(root.packages()) == sorted(f"{name}-9.9" for name in own)
+    assert root.rpm("-V", *own).out == ""
+    # Nothing of the version before is left.
+    found = {path for path in (root.path / rpm_host.MODULES).rglob("*") if path.is_file()}
+    listed = set(root.rpm("-ql", *own).out.splitlines())
+    assert {f"/{path.relative_to(root.path)}" for path in found} <= listed
+    assert (stage / "anchor-later.sh") in found
+    version = root.path / rpm_host.MODULES / "50anchor" / "version"
+    assert version.read_text() == "9.9\n"
 
 
 def test_a_stage_of_another_build_is_refused(made: Made, root: Root) -> None:

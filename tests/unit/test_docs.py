@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -227,6 +228,7 @@ def test_messages_in_the_troubleshooting_tables_are_those_of_the_code() -> None:
 # --- The worked example of doc/stages.md ------------------------------------------------------------------
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is missing")
 def test_example_is_loaded_and_rendered(example: Path) -> None:
     registry = load_registry([example / "fwcfg"])
     plan = make_plan(registry, auth=["fwcfg"], image=["squashfs"])
@@ -242,6 +244,8 @@ def test_example_is_loaded_and_rendered(example: Path) -> None:
 
 @pytest.mark.parametrize("shell", [["dash"], ["busybox", "sh"], ["bash", "--posix"]], ids=lambda argv: argv[0])
 def test_example_passes_its_own_test(example: Path, shell: list[str]) -> None:
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"{shell[0]} is missing")
     plan = make_plan(load_registry([example / "fwcfg"]), auth=["fwcfg"], image=["squashfs"])
     (example / "modules").mkdir()
     write_modules(render_plan(plan), example / "modules")

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from anchor_build.version import (
     parse_declared,
     parse_tag,
     rpm_version,
+    tree_time,
     tree_version,
 )
 
@@ -233,3 +235,20 @@ def test_a_tree_that_declares_nothing(tmp_path: Path, text: str | None, reason: 
         (tmp_path / "anchor_build" / "__init__.py").write_text(text)
     with pytest.raises(AnchorError, match=reason):
         tree_version(tmp_path)
+
+
+def test_the_time_of_a_tree(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SOURCE_DATE_EPOCH, else the commit's, else that of the newest file, and never one that has not come yet."""
+    files = [tmp_path / "old", tmp_path / "new"]
+    for number, file in enumerate(files):
+        file.touch()
+        os.utime(file, (1000 + number, 1000 + number))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert tree_time(tree.top, files) == 86400
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    argv = ["git", "-C", str(tree.top), "log", "-1", "--format=%ct"]
+    committed = subprocess.run(argv, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert tree_time(tree.top, files) == int(committed.stdout)
+    assert tree_time(tmp_path, files) == 1001
+    os.utime(files[0], (2**33, 2**33))
+    assert tree_time(tmp_path, files) <= time.time()

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from anchor_build.cpio import COMPRESSIONS, NEWC_MAGICS
 from anchor_build.errors import AnchorError, UsageError
+from anchor_build.files import file_digest
 
 # Facts of the file itself: two builds of the same may differ in these alone.
 FILE_FACTS = ("bytes", "sha256")
 TIME_MAX = 253402300799  # the end of the year 9999
-IMAGE_NOTE = "the files of an image are compared by type, mode, owner, size and time, not by content"
 
 
 @dataclass(frozen=True)
 class Entry:
     """One file, directory, link or device inside: `mode` has type and permission bits, `size` is in bytes.
 
-    `digest` is the SHA-256 of a file's content, empty where it is not known (images are listed, not unpacked);
-    `target` is where a symbolic link leads; `owner` is user and group, by name or number; `time` is in seconds since
-    the epoch.
+    `digest` is the SHA-256 of a file's content, empty where it is not known (see add_contents); `target` is where a
+    symbolic link leads; `owner` is user and group, by name or number; `time` is in seconds since the epoch. `xattrs`
+    are extended attributes, capabilities among them, by name with their values as hexadecimal text.
     """
 
     path: str
@@ -35,6 +34,7 @@ class Entry:
     time: int
     digest: str = ""
     target: str = ""
+    xattrs: tuple[tuple[str, str], ...] = ()
 
     @property
     def values(self) -> dict[str, str]:
@@ -46,6 +46,7 @@ class Entry:
             "size": str(self.size),
             "sha256": self.digest,
             "target": self.target,
+            "xattrs": ", ".join(f"{name}=0x{value}" for name, value in self.xattrs),
             "time": str(self.time),
         }
 
@@ -97,10 +98,15 @@ def file_type(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), f"type {stat.S_IFMT(mode):o}")
 
 
-def compare(first: Artifact, second: Artifact) -> Difference:
-    """Compare two artifacts; raises UsageError when they are of different kinds."""
+def check_kinds(first: Artifact, second: Artifact) -> None:
+    """Raise UsageError when two artifacts are of different kinds."""
     if first.kind != second.kind:
         raise UsageError(f"an {first.kind} and an {second.kind} cannot be compared".replace("an rpm", "a package"))
+
+
+def compare(first: Artifact, second: Artifact) -> Difference:
+    """Compare two artifacts; raises UsageError when they are of different kinds."""
+    check_kinds(first, second)
     names = [*first.facts, *(name for name in second.facts if name not in first.facts)]
     facts = {name: (first.facts.get(name), second.facts.get(name)) for name in names}
     changed = {}
@@ -117,6 +123,22 @@ def compare(first: Artifact, second: Artifact) -> Difference:
     )
 
 
+def add_contents(file: Path, artifact: Artifact) -> Artifact:
+    """Return an image's artifact with digests and extended attributes; another artifact has what it has.
+
+    An image is only listed by read_artifact: reading all of it takes its time. Where the programs for it are missing, a
+    note says so. Raises AnchorError for an image that is damaged.
+    """
+    if artifact.kind != "image" or not artifact.entries:
+        return artifact
+    if artifact.facts["format"] == "erofs":
+        from anchor_build.inspect.erofs import read_contents
+    else:
+        from anchor_build.inspect.squashfs import read_contents
+    entries, notes = read_contents(file, artifact.entries)
+    return replace(artifact, entries=entries, notes=(*artifact.notes, *notes))
+
+
 def utc(seconds: int) -> str:
     """Write a time in seconds since the epoch as people and machines read it (ISO 8601, UTC).
 
@@ -129,8 +151,7 @@ def utc(seconds: int) -> str:
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Return the size in bytes and the SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 # --- Which kind -------------------------------------------------------------------------------------------
@@ -185,19 +206,19 @@ def _detect(stream: BinaryIO) -> str:
 
 def _read(file: Path, kind: str, stage_dirs: tuple[Path, ...]) -> Artifact:
     if kind == "rpm":
-        from anchor_build.inspect_rpm import inspect_rpm
+        from anchor_build.inspect.rpm import inspect_rpm
 
         return inspect_rpm(file)
     if kind == "initramfs":
-        from anchor_build.inspect_initramfs import inspect_initramfs
+        from anchor_build.inspect.initramfs import inspect_initramfs
 
         return inspect_initramfs(file, stage_dirs)
     if kind == "squashfs":
-        from anchor_build.inspect_squashfs import inspect_squashfs
+        from anchor_build.inspect.squashfs import inspect_squashfs
 
         return inspect_squashfs(file)
     if kind == "erofs":
-        from anchor_build.inspect_erofs import inspect_erofs
+        from anchor_build.inspect.erofs import inspect_erofs
 
         return inspect_erofs(file)
     raise AnchorError(f"{file}: is {kind or 'nothing that can be inspected'}", f"inspect knows {KNOWN}")

@@ -12,8 +12,12 @@ from pathlib import Path
 
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.run import run, which
+from anchor_build.stage import Binary
 
 LIMIT_S = 120
+CREATEREPO = Binary("createrepo_c", "createrepo_c", "createrepo-c")
+RPMSIGN = Binary("rpmsign", "rpm-sign", "rpm")
+GPG = Binary("gpg", "gnupg2", "gpg")
 KEY_FILE = "repodata/repomd.xml.key"
 NO_TERMINAL = "there is no terminal to ask for a passphrase: unlock the key in gpg-agent first, or use one without"
 

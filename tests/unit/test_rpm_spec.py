@@ -10,26 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from anchor_build import rpmspec
-from anchor_build.changelog import Release
 from anchor_build.errors import AnchorError, InvalidFilesError
 from anchor_build.registry import load_registry
-from anchor_build.rpmspec import choose_stages, make_packages, make_packaging, render_spec, source_archive
+from anchor_build.rpm import spec
+from anchor_build.rpm.changelog import Release
+from anchor_build.rpm.spec import choose_stages, make_packages, make_packaging, render_spec, source_archive
 from anchor_build.stage import Stage, load_stage
 from tests.conftest import SITE_STAGES, WriteStage
 
 TIME = 1_700_000_000  # 2023-11-14
 
 
-def one(stage: Stage, family: str = "fedora") -> rpmspec.Package:
+def one(stage: Stage, family: str = "fedora") -> spec.Package:
     return make_packages([load_registry().core, stage], family)[1]
 
 
-def packaging(version: str = "1.2.3", release: str = "1") -> rpmspec.Packaging:
+def packaging(version: str = "1.2.3", release: str = "1") -> spec.Packaging:
     return make_packaging(make_packages(choose_stages(load_registry()), "fedora"), version, release, TIME)
 
 
-def relations(package: rpmspec.Package, tag: str) -> list[str]:
+def relations(package: spec.Package, tag: str) -> list[str]:
     return [value for name, value in package.relations if name == tag]
 
 
@@ -57,6 +57,20 @@ def test_every_stage_is_a_package_with_what_it_declares() -> None:
         assert len(package.summary) < 80
         assert not package.summary.endswith((".", ":", ","))
         assert all(len(line) < 80 for line in package.description.splitlines())
+
+
+def test_an_update_of_anchor_0_1_5_brings_what_it_could_do() -> None:
+    """Its one package had every way to authenticate and fetch whose parameters are accepted under their older names."""
+    packages = make_packages(choose_stages(load_registry()), "fedora")
+    replacing = {package.module.stage.id for package in packages if relations(package, "Obsoletes")}
+    older = {p.module.stage.id for p in packages if any(param.alias for param in p.module.stage.params)}
+    # squashfs_mount_only= is a parameter of the image, for which the transport is needed.
+    assert replacing == {"anchor", *older, "transport-file"} - {"transport-https"}
+
+
+def test_nodes_are_told_the_version_of_the_package() -> None:
+    core = make_packages(choose_stages(load_registry()), "fedora", version="1.2.3rc1")[0]
+    assert core.module.files["version"].content == b"1.2.3rc1\n"
 
 
 def test_an_image_stage_brings_the_transport_without_which_it_is_idle() -> None:
@@ -129,7 +143,7 @@ def test_text_is_never_expanded_by_rpm(write_stage: WriteStage) -> None:
     ],
 )
 def test_summaries_end_at_a_boundary(text: str, summary: str) -> None:
-    assert rpmspec._summary(text) == summary
+    assert spec._summary(text) == summary
 
 
 def test_changelog_is_the_projects_own() -> None:

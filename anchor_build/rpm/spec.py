@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import re
 import tarfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
-from anchor_build import changelog
+from anchor_build import __version__
 from anchor_build.describe import stage_reference
 from anchor_build.dracut import module_packages
 from anchor_build.errors import AnchorError, InvalidFilesError
 from anchor_build.plan import DEFAULTS, Plan
 from anchor_build.registry import Registry, data_directory
 from anchor_build.render import RenderedModule, render_plan
+from anchor_build.rpm import changelog
+from anchor_build.rpm.archive import pack
 from anchor_build.stage import DECLARATION, NO_PACKAGE, Binary, Stage
 
 FAMILIES = ("fedora", "suse")
 NAME = "anchor-dracut-module"
-LICENSE = "Apache-2.0"
+LICENSE_NAME = "Apache-2.0"
 TEMPLATE = f"{NAME}.spec.j2"
 EXAMPLE = "dracut-anchor.conf"
 MODULES = "/usr/lib/dracut/modules.d"
@@ -98,10 +99,13 @@ def choose_stages(registry: Registry, names: Sequence[Stage] = ()) -> tuple[Stag
     return (registry.core, *(stage for stage in registry.stages if stage.id in wanted))
 
 
-def make_packages(stages: Sequence[Stage], family: str, known: Sequence[Stage] = ()) -> tuple[Package, ...]:
+def make_packages(
+    stages: Sequence[Stage], family: str, known: Sequence[Stage] = (), version: str = __version__
+) -> tuple[Package, ...]:
     """Render each stage, the core first, and say what its package needs in a family of distributions.
 
     `known` are all stages that could have been chosen: the core refuses what asks for one that is not installed.
+    `version` is what nodes say they were built with.
     Raises InvalidFilesError with every program that has no package there, as ``file: key: reason``.
     """
     problems = [text for stage in stages for text in _without_package(stage, family)]
@@ -109,7 +113,7 @@ def make_packages(stages: Sequence[Stage], family: str, known: Sequence[Stage] =
         raise InvalidFilesError(
             problems, "name the package there, mark the program as optional, or leave the stage out with --stage"
         )
-    modules = render_plan(Plan(stages[0], tuple(stages[1:]), tuple(known)))
+    modules = render_plan(Plan(stages[0], tuple(stages[1:]), tuple(known)), version)
     return tuple(_package(module, family) for module in modules)
 
 
@@ -177,10 +181,10 @@ def make_packaging(packages: tuple[Package, ...], version: str, release: str, ti
     return Packaging(packages, version, release, time, changes)
 
 
-def render_spec(packaging: Packaging) -> str:
-    """Return the text of the spec."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(data_directory() / "specs"),
+def environment(directory: Path) -> jinja2.Environment:
+    """Return what renders the specs of a directory: no name may be missing, and texts go through the filter `rpm`."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(directory),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -189,15 +193,21 @@ def render_spec(packaging: Packaging) -> str:
         comment_end_string="#>",
         autoescape=False,  # noqa: S701 - the output is a spec, and every text goes through the rpm filter
     )
-    environment.filters["rpm"] = _escape
+    made.filters["rpm"] = _escape
+    return made
+
+
+def render_spec(packaging: Packaging) -> str:
+    """Return the text of the spec."""
     core, *stages = packaging.packages
-    return environment.get_template(TEMPLATE).render(
+    template = environment(data_directory() / "specs").get_template(TEMPLATE)
+    return template.render(
         core=core,
         stages=stages,
         packages=packaging.packages,
         version=packaging.version,
         release=packaging.release,
-        license=LICENSE,
+        license=LICENSE_NAME,
         changelog=changelog.rpm_entries(packaging.changes, packaging.version, packaging.release, packaging.time),
     )
 
@@ -209,19 +219,15 @@ def _escape(text: str) -> str:
 
 def source_archive(packaging: Packaging) -> bytes:
     """Return the source archive (tar.gz): the modules as they are installed, documents and licence; always the same."""
+    return pack(_entries(packaging), packaging.time)
+
+
+def _entries(packaging: Packaging) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     top = f"{NAME}-{packaging.version}"
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content, mode in sorted(_sources(packaging)):
-            entry = tarfile.TarInfo(f"{top}/{name}" if name else top)
-            entry.mtime, entry.mode, entry.size = packaging.time, mode, len(content or b"")
-            entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
-            entry.uname = entry.gname = "root"
-            tar.addfile(entry, io.BytesIO(content or b""))
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=packaging.time) as stream:
-        stream.write(plain.getvalue())
-    return packed.getvalue()
+    for name, content, mode in sorted(_sources(packaging)):
+        entry = tarfile.TarInfo(f"{top}/{name}" if name else top)
+        entry.mode, entry.type = mode, tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+        yield entry, content or b""
 
 
 def license_text() -> bytes:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import calendar
+import hashlib
+import os
 import re
 import secrets
 import stat
 import struct
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
-from anchor_build.artifact import IMAGE_NOTE, Artifact, Entry, file_facts, utc
 from anchor_build.console import printable
 from anchor_build.errors import AnchorError
+from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.run import run, which
 
 LIST_LIMIT_S = 300
+READ_LIMIT_S = 3600
+TAIL_LINES = 5
+XATTR = "SCHILY.xattr."  # how tar archives name extended attributes (star(5))
 
 # The superblock: linux/fs/squashfs/squashfs_fs.h, struct squashfs_super_block, little-endian.
 SQUASHFS = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
@@ -80,7 +89,64 @@ def inspect_squashfs(file: Path) -> Artifact:
     }
     if which("unsquashfs") is None:
         return Artifact("image", facts, {}, ("its files are not listed: unsquashfs (squashfs-tools) is not installed",))
-    return Artifact("image", facts, {entry.path: entry for entry in _list_squashfs(file)}, (IMAGE_NOTE,))
+    return Artifact("image", facts, {entry.path: entry for entry in _list_squashfs(file)})
+
+
+def read_contents(file: Path, entries: Mapping[str, Entry]) -> tuple[Mapping[str, Entry], list[str]]:
+    """Return an image's entries with digests, extended attributes and whole seconds, and what could not be told.
+
+    sqfs2tar streams the image, so that nothing of it goes to the disk. Raises AnchorError when that fails.
+    """
+    if which("sqfs2tar") is None:
+        return entries, [
+            "contents and extended attributes are not compared: sqfs2tar (squashfs-tools-ng) is not installed"
+        ]
+    read, write = os.pipe()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(_read_tar, os.fdopen(read, "rb"))
+        with os.fdopen(write, "wb") as sink:
+            done = run(["sqfs2tar", str(file.absolute())], timeout=READ_LIMIT_S, check=False, stdout=sink)
+    try:
+        members = found.result()
+    except (tarfile.TarError, ValueError, OSError) as error:
+        members, broken = {}, str(error)
+    else:
+        broken = f"status {done.status}" if done.status != 0 else ""
+    if broken:
+        # What sqfs2tar says is the cause; that the archive is not whole only follows from it.
+        reason = "\n".join(printable(line) for line in done.stderr.splitlines()[-TAIL_LINES:]) or printable(broken)
+        raise AnchorError(f"{file}: sqfs2tar cannot read it:\n{reason}", "it is damaged: fetch or build it again")
+    notes = [] if entries.keys() <= members.keys() else ["what no tar archive can hold, such as sockets, has no xattrs"]
+    filled = {}
+    for path, entry in entries.items():
+        time, digest, xattrs = members.get(path, (entry.time, "", ()))
+        filled[path] = replace(entry, time=time, digest=digest, xattrs=xattrs)
+    return filled, notes
+
+
+def _read_tar(source: BinaryIO) -> dict[str, tuple[int, str, tuple[tuple[str, str], ...]]]:
+    """Return time (seconds since the epoch), digest and extended attributes of each path of a tar stream."""
+    found: dict[str, tuple[int, str, tuple[tuple[str, str], ...]]] = {}
+    with source, tarfile.open(fileobj=source, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+        for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined] # else all are kept; typeshed does not know it
+            path = member.name.removeprefix("./").strip("/")
+            xattrs = tuple(
+                (name.removeprefix(XATTR), value.encode("utf-8", "surrogateescape").hex())
+                for name, value in sorted(member.pax_headers.items())
+                if name.startswith(XATTR)
+            )
+            digest = ""
+            if member.islnk():
+                # A hard link: what it is called first has the content, and the attributes.
+                _, digest, xattrs = found.get(member.linkname.removeprefix("./").strip("/"), (0, "", ()))
+            elif (content := tar.extractfile(member) if member.isfile() else None) is not None:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type] # reads as a file
+            found[path] = int(member.mtime), digest, xattrs
+        # What follows the end of the archive is read, or its writer would never end.
+        while source.read(1 << 20):
+            pass
+    return found
 
 
 def _list_squashfs(file: Path) -> Iterator[Entry]:
@@ -93,7 +159,7 @@ def _list_squashfs(file: Path) -> Iterator[Entry]:
         output.seek(0)
         text = output.read().decode("utf-8", "surrogateescape")
     if done.status != 0:
-        reason = "\n".join(printable(line) for line in (done.stderr or text).splitlines()[-5:])
+        reason = "\n".join(printable(line) for line in (done.stderr or text).splitlines()[-TAIL_LINES:])
         raise AnchorError(f"{file}: unsquashfs cannot list it:\n{reason}", "it is damaged: fetch or build it again")
     start = re.compile(rf"^{LISTED.pattern}{top}(?=/|$)", re.MULTILINE)
     found = list(start.finditer(text))

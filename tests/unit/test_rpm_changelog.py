@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from anchor_build.changelog import Release, day_of, read_changelog
 from anchor_build.errors import AnchorError
+from anchor_build.rpm.changelog import Release, day_of, read_changelog
 from tests.conftest import TOP
 
 TEXT = """\

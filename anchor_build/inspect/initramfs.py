@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import re
-import ssl
 from pathlib import Path
 from typing import Any
 
-from anchor_build.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.files import sha256
+from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.readback import driver_dependencies, measure_stages
 from anchor_build.registry import Registry, load_registry
 from anchor_build.settings import holds_secret, shown_value
@@ -20,7 +20,8 @@ STAGE_SCRIPT = re.compile(r"usr/lib/anchor/stages/([a-z]+)/[0-9]+-([^/]+)/params
 SETTINGS = "etc/anchor/params"
 KEY_MAX = 64 << 10  # bytes; no private key is larger, and programs hold the words as well
 PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
-CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
+PUBLIC_KEY = re.compile(rb"-----BEGIN PUBLIC KEY-----(.*?)-----END PUBLIC KEY-----", re.DOTALL)
 NOT_SHOWN = "(not shown: no stage that is known here declares it)"
 
 
@@ -38,7 +39,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
         **file_facts(file),
         "archives": [f"{compression}, {count} entries" for compression, count in initramfs.archives],
         "anchor_build": _text(initramfs, "etc/anchor/version").strip(),
-        "build_time": _build_time(initramfs),
+        "build_time": _time(initramfs, "etc/anchor/build-time"),
         "kernel": sorted(
             {path.split("/")[3] for path in initramfs.members if re.match("usr/lib/modules/[^/]+/", path)}
         ),
@@ -47,7 +48,9 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
         "dracut_modules": _text(initramfs, "usr/lib/dracut/modules.txt").split(),
         "drivers": list(contents.drivers),
         "settings": settings,
-        "ca_certificates": _fingerprints(initramfs),
+        "ca_certificates": _fingerprints(initramfs, "etc/anchor/ca.pem", CERTIFICATE),
+        "manifest_keys": _fingerprints(initramfs, "etc/anchor/manifest.pub", PUBLIC_KEY),
+        "manifest_since": _time(initramfs, "etc/anchor/manifest-since"),
         "private_keys": [
             member.path
             for member in initramfs.members.values()
@@ -63,7 +66,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
             size=len(member.content) if member.is_file else member.size,
             owner=f"{member.uid}:{member.gid}",
             time=member.mtime,
-            digest=hashlib.sha256(member.content).hexdigest() if member.is_file else "",
+            digest=sha256(member.content) if member.is_file else "",
             target=member.content.decode("utf-8", "surrogateescape") if member.is_link else "",
         )
         for path, member in sorted(initramfs.members.items())
@@ -119,8 +122,8 @@ def _release(initramfs: Initramfs, key: str) -> str:
     return ""
 
 
-def _build_time(initramfs: Initramfs) -> str:
-    text = _text(initramfs, "etc/anchor/build-time").strip()
+def _time(initramfs: Initramfs, path: str) -> str:
+    text = _text(initramfs, path).strip()
     return utc(int(text)) if re.fullmatch("[0-9]{1,11}", text) else text
 
 
@@ -139,12 +142,12 @@ def _settings(initramfs: Initramfs, registry: Registry) -> tuple[dict[str, str],
     return shown, hidden
 
 
-def _fingerprints(initramfs: Initramfs) -> list[str]:
-    """Return the SHA-256 of each certificate that the node trusts, in the order of the bundle."""
+def _fingerprints(initramfs: Initramfs, path: str, kind: re.Pattern[bytes]) -> list[str]:
+    """Return the SHA-256 of each certificate or public key (in DER) that a file of PEM blocks has, in its order."""
     digests = []
-    for block in CERTIFICATE.findall(_text(initramfs, "etc/anchor/ca.pem").encode("utf-8", "surrogateescape")):
+    for body in kind.findall(_text(initramfs, path).encode("utf-8", "surrogateescape")):
         try:
-            digests.append(hashlib.sha256(ssl.PEM_cert_to_DER_cert(block.decode("ascii"))).hexdigest())
+            digests.append(sha256(base64.b64decode(b"".join(body.split()), validate=True)))
         except ValueError:
             digests.append("(not readable)")
     return digests

@@ -1,0 +1,1 @@
+"""`anchor-build inspect`: what is inside packages, initramfs and images, as data."""

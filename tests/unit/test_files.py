@@ -1,0 +1,62 @@
+"""Where work is done and results are put: whole or not at all, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from anchor_build.errors import AnchorError
+from anchor_build.files import directory_problems, staging, work_directory
+
+
+def test_a_staged_result_stays_and_the_staging_goes(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    with staging(output) as made:
+        (made / "file").write_text("whole")
+        assert made.parent == output
+        (made / "file").replace(output / "file")
+    assert [path.name for path in output.iterdir()] == ["file"]
+
+
+def test_a_failure_leaves_neither_staging_nor_directories_that_were_made_for_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "there", tmp_path / "new" / "out"):
+        with pytest.raises(KeyboardInterrupt), staging(output) as made:
+            (made / "half").touch()
+            raise KeyboardInterrupt
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_directories_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out"
+    with pytest.raises(AnchorError, match="file/out: cannot be written: Not a directory"), staging(output):
+        pass
+    assert directory_problems(output) == [f"--out {tmp_path}/file/out: {tmp_path}/file is not a directory"]
+    assert directory_problems(tmp_path / "not" / "yet" / "there") == []
+
+
+def test_a_relative_output_is_looked_for_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert directory_problems(Path("out")) == []
+    with staging(Path("out")):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # root, who runs the tests in a pipeline, may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert directory_problems(tmp_path / "out") == [f"--out {tmp_path}/out: {tmp_path} may not be written"]
+
+
+def test_work_that_macros_look_at_is_done_in_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    with work_directory() as work:
+        assert work.parent == tmp_path / "a cache" / "anchor-build"
+    with work_directory(plain=True) as work:
+        assert work.parent == Path(tempfile.gettempdir())
+    assert not work.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -18,10 +19,14 @@ from anchor_build.kernel import Kernel
 from anchor_build.manifest import PublicKey
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
-from anchor_build.run import run
+from anchor_build.root import WORK, enter
+from anchor_build.run import SYSTEM_PATH, run
 from anchor_build.settings import Setting
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
+
+# The name of what dracut writes in the work directory, when that is all of this host that it sees.
+OUTPUT = "initramfs.img"
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -58,7 +63,7 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
     The output and its report appear whole or not at all. Raises AnchorError for everything that is missing,
     for a failed dracut, and when the finished file lacks something that a stage promises.
     """
-    installed = dracut.find_dracut()
+    installed = dracut.find_dracut(build.kernel.root)
     _check_host(build, installed)
     modules = render_plan(build.plan)
     with disk_errors(), work_directory() as work, beside(build.output) as partial:
@@ -66,9 +71,9 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
             site = _site_files(build)
             request = _prepare(build, installed, modules, site, work, partial)
         with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
-            _run_dracut(build, installed, request, work)
+            _run_dracut(build, installed, request, work, partial)
         with step("read the initramfs back"):
-            report = _verify(build, installed, modules, request, site)
+            report = _verify(build, installed, modules, request, site, work, partial)
         _put_in_place(build, partial, report)
     return report
 
@@ -76,17 +81,19 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
+    where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if not binary.optional and dracut.find_program(binary.name) is None:
+            if not binary.optional and build.kernel.root.find_program(binary.name) is None:
                 problems.append(
-                    f"{stage.id}: {binary.name} is missing: install {binary.where}"
-                    + dracut.misplaced_program(binary.name)
+                    f"{stage.id}: {binary.name} is missing{where}: install {binary.where}"
+                    + (dracut.misplaced_program(binary.name) if not where else "")
                 )
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
                 deb, rpm = dracut.module_packages(module)
-                problems.append(f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm)")
+                which = f"dracut {installed.version_text}{where}" if where else "this dracut"
+                problems.append(f"{stage.id}: {which} has no module {module}: install {deb} (deb) or {rpm} (rpm)")
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
     wanted += [("--add-drivers", driver) for driver in build.drivers]
@@ -96,9 +103,8 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     output = output_problems(build.output, build.report_file)
     if problems or output:
         # Of the output doctor knows nothing.
-        hint = (
-            "`anchor-build doctor` shows what this host lacks" if problems else "name another place with --output FILE"
-        )
+        hint = "`anchor-build doctor` shows what this host lacks" if not where else ""
+        hint = hint if problems else "name another place with --output FILE"
         raise AnchorError("\n".join(problems + output), hint)
 
 
@@ -111,9 +117,10 @@ def build_time(build: InitramfsBuild) -> int:
     given = source_date_epoch()
     if given is not None:
         return given
-    inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
+    root = build.kernel.root
+    inputs = [build.kernel.modules / "modules.dep", root.at(dracut.BASE / "dracut-functions.sh")]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
-    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name))]
+    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := root.find_program(b.name))]
     newest = max(int(path.stat().st_mtime) for path in inputs)
     return min(max(newest, _newest_certificate(build.ca)), int(time.time()))
 
@@ -160,38 +167,52 @@ def _prepare(
     work: Path,
     output: Path,
 ) -> dracut.Request:
-    base, etc, config = work / "dracut", work / "etc", work / "dracut.conf"
-    dracut.make_base(installed, modules, base)
+    root = build.kernel.root
+    # What lies in the work directory, as dracut sees it; in another system, the output too.
+    seen = work if root.is_host else WORK
+    dracut.make_base(installed, modules, work / "dracut")
+    etc, config = work / "etc", work / "dracut.conf"
     etc.mkdir()
     for name, content in site.items():
         (etc / name).write_bytes(content)
         (etc / name).chmod(readback.site_mode(name))
-    config.write_text(dracut.configuration(build.kernel.modules, work / "tmp"), encoding="utf-8")
+    config.write_text(dracut.configuration(root.inside(build.kernel.modules), seen / "tmp"), encoding="utf-8")
     (work / dracut.CONFIG_PARTS).mkdir()
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
         modules=dracut.choose_modules(installed, build.plan),
         drivers=build.drivers,
-        compress=build.compress or dracut.choose_compression(build.kernel),
-        base=base,
-        config=config,
-        output=output,
+        compress=build.compress or dracut.choose_compression(build.kernel, root),
+        base=seen / "dracut",
+        config=seen / config.name,
+        output=output if root.is_host else seen / OUTPUT,
     )
 
 
-def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path) -> None:
-    env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(work / "etc")}
+def _run_dracut(
+    build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path, output: Path
+) -> None:
+    root = build.kernel.root
+    env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
+    if not root.is_host:
+        env = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8", **env}
     log = work / "dracut.log"
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
-        run(dracut.arguments(installed, request), env=env, cwd=work, log=log, umask=0o022)
+        argv = enter(root, work, dracut.arguments(installed, request))
+        run(argv, env=env, only_env=not root.is_host, cwd=work, log=log, umask=0o022)
+        if not root.is_host:
+            shutil.move(work / OUTPUT, output)
     except ProcessError as error:
-        raise ProcessError(error.argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+        argv = dracut.arguments(installed, request)
+        raise ProcessError(argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+    except FileNotFoundError:
+        output.write_bytes(b"")
     finally:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
             build.tell(line)
-    if not request.output.is_file() or request.output.stat().st_size == 0:
+    if not output.is_file() or output.stat().st_size == 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise AnchorError(f"dracut ended without an error but wrote nothing\n{tail}")
 
@@ -210,8 +231,10 @@ def _verify(
     modules: tuple[RenderedModule, ...],
     request: dracut.Request,
     site: Mapping[str, bytes],
+    work: Path,
+    output: Path,
 ) -> dict[str, Any]:
-    initramfs = read_initramfs(request.output, request.config.parent)
+    initramfs = read_initramfs(output, work)
     problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, build.drivers)
     if problems:
         raise AnchorError(
@@ -219,7 +242,7 @@ def _verify(
             "run again with -v: dracut says why it left something out",
         )
     contents = readback.measure(initramfs, build.plan, build.kernel)
-    data = request.output.read_bytes()
+    data = output.read_bytes()
     return {
         "file": build.output.name,
         "sha256": readback.sha256(data),
@@ -254,7 +277,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
         inputs[module.name] = module_digest(module)
     for stage in build.plan.all:
         for binary in stage.binaries:
-            path = dracut.find_program(binary.name)
+            path = build.kernel.root.find_program(binary.name)
             if path is not None:
                 inputs[f"program {binary.name}"] = readback.sha256(path.read_bytes())
     return inputs

@@ -13,6 +13,7 @@ from anchor_build import dracut
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import installed_releases
 from anchor_build.plan import Plan
+from anchor_build.root import HOST
 from anchor_build.run import which
 from anchor_build.stage import NO_PACKAGE, Binary
 
@@ -84,7 +85,7 @@ def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
 
 
 def _copied_program(owner: str, binary: Binary) -> Finding:
-    path = dracut.find_program(binary.name)
+    path = HOST.find_program(binary.name)
     detail = str(path) if path else f"not found{dracut.misplaced_program(binary.name)}"
     return _finding(f"{owner}: {binary.name}", path, detail, binary, not binary.optional)
 
@@ -113,7 +114,7 @@ def _dracut_module(name: str, owner: str) -> Finding:
 
 
 def _systemd_networkd() -> Finding:
-    there = Path("/", dracut.NETWORKD).exists()
+    there = dracut.has_networkd(HOST)
     detail = "present" if there else "missing: dracut falls back to a slower network module"
     return Finding("systemd-networkd", there, detail, False, "systemd-networkd", "systemd")
 

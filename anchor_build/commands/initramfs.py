@@ -12,6 +12,12 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
 @stage_options
+@click.option(
+    "--sysroot",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Build with dracut, kernel and programs of the system in DIR, such as a node's root. Nothing in it changes.",
+)
 @click.option("--kernel", metavar="RELEASE|FILE", help="The kernel, by release or image. Default: this host's newest.")
 @click.option(
     "--modules",
@@ -56,6 +62,7 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
 def command(
     console: Console,
     choice: Choice,
+    sysroot: Path | None,
     kernel: str | None,
     modules: Path | None,
     ca: Path | None,
@@ -83,14 +90,16 @@ def command(
     from anchor_build.kernel import find_kernel
     from anchor_build.manifest import read_public_keys, read_since
     from anchor_build.profile import used_profile
+    from anchor_build.root import HOST, open_root
     from anchor_build.settings import read_ca, read_settings
 
     if manifest_since and not manifest_keys:
         raise click.UsageError("--manifest-since needs --manifest-key: without a key anybody can date a manifest.")
 
     plan = choice.plan()
-    found = find_kernel(kernel, modules)
-    bundle, warning = read_ca(ca)
+    root = open_root(sysroot) if sysroot is not None else HOST
+    found = find_kernel(kernel, modules, root)
+    bundle, warning = read_ca(ca, root)
     build = InitramfsBuild(
         plan=plan,
         kernel=found,

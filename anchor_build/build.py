@@ -13,6 +13,7 @@ from typing import Any
 
 from anchor_build import __version__, dracut, readback
 from anchor_build.cpio import read_initramfs
+from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, work_directory
 from anchor_build.kernel import Kernel
@@ -27,6 +28,11 @@ from anchor_build.version import source_date_epoch
 
 # The name of what dracut writes in the work directory, when that is all of this host that it sees.
 OUTPUT = "initramfs.img"
+
+# What a build has where nothing is said.
+NETWORK_DRIVERS = DriverSet()
+# How many drivers without their firmware a warning names.
+SHOWN = 5
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -43,7 +49,10 @@ class InitramfsBuild:
     manifest_keys: tuple[PublicKey, ...] = ()
     # Seconds since the epoch: no older manifest is accepted.
     manifest_since: int | None = None
+    # More drivers by name, and the set that they are added to.
     drivers: tuple[str, ...] = ()
+    driver_set: DriverSet = NETWORK_DRIVERS
+    copy_kernel: bool = True
     compress: str | None = None
     # The SHA-256 of more inputs by their role: the profile.
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -55,6 +64,13 @@ class InitramfsBuild:
     def report_file(self) -> Path:
         """Where the JSON report goes: beside the output."""
         return self.output.with_name(self.output.name + ".json")
+
+    @property
+    def kernel_file(self) -> Path | None:
+        """Where the copy of the kernel goes: beside the output; None where there is no kernel to copy."""
+        if not self.copy_kernel or self.kernel.image is None:
+            return None
+        return self.output.with_name(f"vmlinuz-{self.kernel.release}")
 
 
 def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
@@ -96,6 +112,7 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
                 problems.append(f"{stage.id}: {which} has no module {module}: install {deb} (deb) or {rpm} (rpm)")
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
+    wanted += [("--drivers", driver) for driver in build.driver_set.drivers]
     wanted += [("--add-drivers", driver) for driver in build.drivers]
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
@@ -170,7 +187,7 @@ def _prepare(
     root = build.kernel.root
     # What lies in the work directory, as dracut sees it; in another system, the output too.
     seen = work if root.is_host else WORK
-    dracut.make_base(installed, modules, work / "dracut")
+    dracut.make_base(installed, modules, work / "dracut", build.driver_set.without)
     etc, config = work / "etc", work / "dracut.conf"
     etc.mkdir()
     for name, content in site.items():
@@ -181,8 +198,8 @@ def _prepare(
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
-        modules=dracut.choose_modules(installed, build.plan),
-        drivers=build.drivers,
+        modules=dracut.choose_modules(installed, build.plan, build.driver_set.modules),
+        drivers=wanted_names((*build.driver_set.drivers, *build.drivers), build.kernel.driver_names()),
         compress=build.compress or dracut.choose_compression(build.kernel, root),
         base=seen / "dracut",
         config=seen / config.name,
@@ -235,13 +252,15 @@ def _verify(
     output: Path,
 ) -> dict[str, Any]:
     initramfs = read_initramfs(output, work)
-    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, build.drivers)
+    drivers = (*build.driver_set.drivers, *build.drivers)
+    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, drivers)
     if problems:
         raise AnchorError(
             "the finished initramfs lacks what its stages promise:\n  " + "\n  ".join(problems),
             "run again with -v: dracut says why it left something out",
         )
     contents = readback.measure(initramfs, build.plan, build.kernel)
+    wanted = firmware(initramfs, work)
     data = output.read_bytes()
     return {
         "file": build.output.name,
@@ -252,6 +271,8 @@ def _verify(
         "dracut": installed.version_text,
         "dracut_modules": list(request.modules),
         "kernel": build.kernel.release,
+        "kernel_file": build.kernel_file.name if build.kernel_file else None,
+        "driver_set": build.driver_set.name,
         "build_time": int(site["build-time"]),
         "stages": [stage.id for stage in build.plan.all],
         "manifest_keys": [key.fingerprint for key in build.manifest_keys],
@@ -263,7 +284,9 @@ def _verify(
         "bytes_by_stage": dict(contents.by_owner),
         "largest_files": [{"path": path, "bytes": size} for path, size in contents.largest],
         "drivers": list(contents.drivers),
-        "warnings": _warnings(build),
+        "firmware": list(wanted.included),
+        "missing_firmware": {driver: list(files) for driver, files in wanted.missing.items()},
+        "warnings": _warnings(build, wanted),
     }
 
 
@@ -283,7 +306,7 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
     return inputs
 
 
-def _warnings(build: InitramfsBuild) -> list[str]:
+def _warnings(build: InitramfsBuild, wanted: Firmware) -> list[str]:
     secrets = [setting.param.key for setting in build.settings if setting.is_secret]
     found = list(build.warnings)
     if secrets:
@@ -292,6 +315,14 @@ def _warnings(build: InitramfsBuild) -> list[str]:
         )
     if build.manifest_keys and build.manifest_since is None:
         found.append("no --manifest-since: nodes accept every signed manifest until it expires, however old")
+    if wanted.missing:
+        names = sorted(wanted.missing)
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        where = "this host" if build.kernel.root.is_host else "the system there"
+        found.append(
+            f"firmware that drivers may ask for is not installed on {where}, and so not inside: {shown};"
+            " the report names the files (missing_firmware)"
+        )
     return found
 
 
@@ -299,7 +330,19 @@ def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any
     secret = any(setting.is_secret for setting in build.settings)
     partial.chmod(0o600 if secret else 0o644)
     with beside(build.report_file) as report_partial:
+        _copy_kernel(build)
         report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         report_partial.chmod(0o644)
         partial.replace(build.output)
         report_partial.replace(build.report_file)
+
+
+def _copy_kernel(build: InitramfsBuild) -> None:
+    """Put the kernel beside the initramfs, unless it is there."""
+    source, target = build.kernel.image, build.kernel_file
+    if source is None or target is None or (target.exists() and target.samefile(source)):
+        return
+    with beside(target) as partial:
+        shutil.copyfile(source, partial)
+        partial.chmod(0o644)
+        partial.replace(target)

@@ -26,6 +26,7 @@ NETWORK_MODULES = (
 )
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
+EMPTY_MODULE = "#!/bin/bash\ncheck() {\n    return 255\n}\ninstall() {\n    :\n}\n"
 VERSION = re.compile(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)")
 DPKG_VERSION = re.compile(r"^Package: dracut-core\n(?:[^\n]+\n)*?Version: ([0-9]+)([^\s]*)", re.MULTILINE)
 # the second one where /lib is not a link to /usr/lib
@@ -108,12 +109,12 @@ def _dpkg_status(root: Root) -> str:
         return ""
 
 
-def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:
-    """Return the dracut modules to name: ours, the system's kind of sh, and systemd where it is installed.
+def choose_modules(dracut: Dracut, plan: Plan, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the dracut modules to name: ours, the system's kind of sh, and systemd where it is installed; and `more`.
 
     The core's own module says which network module it needs.
     """
-    ours = tuple(stage.module for stage in plan.all)
+    ours = (*(stage.module for stage in plan.all), *more)
     if dracut.root.at("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
         # Where the system's sh is dash the node's is too: dracut would prefer bash, which starts half as fast.
         ours = ("dash", *ours)
@@ -134,10 +135,11 @@ def choose_compression(kernel: Kernel, root: Root = HOST) -> str:
     return "pigz -6" if root.find_program("pigz") else "gzip -6"
 
 
-def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path) -> None:
+def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path, without: Sequence[str] = ()) -> None:
     """Make a private base directory: links to the installed dracut, and the rendered modules among its modules.
 
-    A build thus needs no installed module and writes nothing below /usr.
+    A build thus needs no installed module and writes nothing below /usr. Installed modules that are named in `without`
+    are there and bring nothing, since others ask for them.
     """
     tree = directory / "modules.d"
     tree.mkdir(parents=True)
@@ -152,7 +154,12 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
     ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
     for path in sorted((installed / "modules.d").iterdir()):
         # An older installed copy of one of our modules must not win over the rendered one.
-        if re.sub(r"^[0-9]+", "", path.name) not in ours:
+        name = re.sub(r"^[0-9]+", "", path.name)
+        if name in without:
+            (tree / path.name).mkdir()
+            (tree / path.name / "module-setup.sh").write_text(EMPTY_MODULE, encoding="utf-8")
+            (tree / path.name / "module-setup.sh").chmod(0o755)
+        elif name not in ours:
             (tree / path.name).symlink_to(dracut.base / "modules.d" / path.name)
     write_modules(tuple(modules), tree)
 

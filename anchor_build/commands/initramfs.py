@@ -9,6 +9,12 @@ import click
 from anchor_build.console import Console
 from anchor_build.options import Choice, json_option, set_option, stage_options
 
+DRIVERS_HELP = (
+    "Which drivers beside those of the stages: minimal (virtual machines), network (every wired network card; the"
+    " default, since it needs no knowledge of the nodes), generic (disks and USB as well), or those that a file names:"
+    " `anchor-build drivers --from-host` writes one."
+)
+
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
 @stage_options
@@ -23,6 +29,11 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
     "--modules",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="The kernel's modules, when they are not in /lib/modules.",
+)
+@click.option(
+    "--copy-kernel/--no-copy-kernel",
+    default=True,
+    help="Whether the kernel is put beside the initramfs as vmlinuz-RELEASE, where it is known. Default: it is.",
 )
 @click.option("--ca", type=click.Path(path_type=Path), metavar="FILE", help="The CA bundle (PEM) that nodes trust.")
 @click.option(
@@ -39,6 +50,12 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
     help="Nodes refuse manifests made before: a date (ISO 8601), seconds since the epoch, or a manifest of that time.",
 )
 @set_option("Bake in a parameter's default; KEY=@FILE takes the value from a file. May be repeated.")
+@click.option(
+    "--drivers",
+    default="network",
+    metavar="SET|FILE",
+    help=DRIVERS_HELP,
+)
 @click.option(
     "--add-drivers",
     multiple=True,
@@ -65,10 +82,12 @@ def command(
     sysroot: Path | None,
     kernel: str | None,
     modules: Path | None,
+    copy_kernel: bool,
     ca: Path | None,
     manifest_keys: tuple[Path, ...],
     manifest_since: str | None,
     settings: tuple[str, ...],
+    drivers: str,
     add_drivers: tuple[str, ...],
     compress: str | None,
     output: Path | None,
@@ -87,6 +106,7 @@ def command(
       anchor-build initramfs --auth acme --image squashfs --add-drivers "mlx5_core ice" -o node.img
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
+    from anchor_build.drivers import driver_set
     from anchor_build.kernel import find_kernel
     from anchor_build.manifest import read_public_keys, read_since
     from anchor_build.profile import used_profile
@@ -109,6 +129,8 @@ def command(
         manifest_keys=read_public_keys(manifest_keys),
         manifest_since=read_since(manifest_since) if manifest_since else None,
         drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
+        driver_set=driver_set(drivers),
+        copy_kernel=copy_kernel,
         compress=compress,
         inputs=used_profile(),
         warnings=(warning,) if warning else (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anchor_build import __version__, dracut, readback
-from anchor_build.cpio import read_initramfs
+from anchor_build import __version__, cache, dracut, readback
+from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, work_directory
+from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
 from anchor_build.manifest import PublicKey
 from anchor_build.plan import Plan
@@ -73,14 +75,25 @@ class InitramfsBuild:
         return self.output.with_name(f"vmlinuz-{self.kernel.release}")
 
 
-def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
-    """Build, verify and put in place; return the report.
+def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True) -> dict[str, Any]:
+    """Build, verify and put in place; return the report. With `use_cache`, what was built before is not built again.
 
     The output and its report appear whole or not at all. Raises AnchorError for everything that is missing,
     for a failed dracut, and when the finished file lacks something that a stage promises.
     """
+    key = cache.key_of(facts_of(build)) if use_cache else ""
+    _check_output(build)
+    if use_cache and (kept := cache.find(key)) is not None:
+        with (
+            step("nothing has changed: take the initramfs from the cache"),
+            disk_errors(),
+            beside(build.output) as file,
+        ):
+            file.write_bytes(kept.image)
+            return _put_in_place(build, file, kept.report)
     installed = dracut.find_dracut(build.kernel.root)
     _check_host(build, installed)
+    seen = Observation(build) if use_cache else None
     modules = render_plan(build.plan)
     with disk_errors(), work_directory() as work, beside(build.output) as partial:
         with step("render the stages"):
@@ -89,9 +102,17 @@ def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
         with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
             _run_dracut(build, installed, request, work, partial)
         with step("read the initramfs back"):
-            report = _verify(build, installed, modules, request, site, work, partial)
-        _put_in_place(build, partial, report)
-    return report
+            initramfs = read_initramfs(partial, work)
+            report = _verify(build, installed, modules, request, site, work, partial, initramfs)
+        if seen is not None and (inputs := seen.finish(initramfs.members)) is not None:
+            cache.keep(key, *inputs, report, partial.read_bytes())
+        return _put_in_place(build, partial, report)
+
+
+def _check_output(build: InitramfsBuild) -> None:
+    problems = output_problems(build.output, build.report_file)
+    if problems:
+        raise AnchorError("\n".join(problems), "name another place with --output FILE")
 
 
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
@@ -117,12 +138,8 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
             problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
-    output = output_problems(build.output, build.report_file)
-    if problems or output:
-        # Of the output doctor knows nothing.
-        hint = "`anchor-build doctor` shows what this host lacks" if not where else ""
-        hint = hint if problems else "name another place with --output FILE"
-        raise AnchorError("\n".join(problems + output), hint)
+    if problems:
+        raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks" if not where else "")
 
 
 def build_time(build: InitramfsBuild) -> int:
@@ -212,13 +229,14 @@ def _run_dracut(
 ) -> None:
     root = build.kernel.root
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
-    if not root.is_host:
-        env = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8", **env}
+    # Nothing else of our environment: dracut and its modules take settings from there.
+    env |= {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
+    env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
     log = work / "dracut.log"
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
         argv = enter(root, work, dracut.arguments(installed, request))
-        run(argv, env=env, only_env=not root.is_host, cwd=work, log=log, umask=0o022)
+        run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
         if not root.is_host:
             shutil.move(work / OUTPUT, output)
     except ProcessError as error:
@@ -250,8 +268,8 @@ def _verify(
     site: Mapping[str, bytes],
     work: Path,
     output: Path,
+    initramfs: Initramfs,
 ) -> dict[str, Any]:
-    initramfs = read_initramfs(output, work)
     drivers = (*build.driver_set.drivers, *build.drivers)
     problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, drivers)
     if problems:
@@ -263,7 +281,6 @@ def _verify(
     wanted = firmware(initramfs, work)
     data = output.read_bytes()
     return {
-        "file": build.output.name,
         "sha256": readback.sha256(data),
         "bytes": len(data),
         "compression": request.compress,
@@ -271,7 +288,6 @@ def _verify(
         "dracut": installed.version_text,
         "dracut_modules": list(request.modules),
         "kernel": build.kernel.release,
-        "kernel_file": build.kernel_file.name if build.kernel_file else None,
         "driver_set": build.driver_set.name,
         "build_time": int(site["build-time"]),
         "stages": [stage.id for stage in build.plan.all],
@@ -326,7 +342,13 @@ def _warnings(build: InitramfsBuild, wanted: Firmware) -> list[str]:
     return found
 
 
-def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any]) -> None:
+def _put_in_place(build: InitramfsBuild, partial: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the initramfs, the kernel and the report where they belong; return the report, which now names the files."""
+    report = {
+        "file": build.output.name,
+        "kernel_file": build.kernel_file.name if build.kernel_file else None,
+        **made,
+    }
     secret = any(setting.is_secret for setting in build.settings)
     partial.chmod(0o600 if secret else 0o644)
     with beside(build.report_file) as report_partial:
@@ -335,6 +357,7 @@ def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any
         report_partial.chmod(0o644)
         partial.replace(build.output)
         report_partial.replace(build.report_file)
+    return report
 
 
 def _copy_kernel(build: InitramfsBuild) -> None:

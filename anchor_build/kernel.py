@@ -133,6 +133,37 @@ def _check_same(wanted: str | None, image: Path | None, modules: Path, release: 
         raise AnchorError(f"--kernel {wanted} is {other}, but --modules {modules} is of {release}")
 
 
+def check_image(kernel: Kernel, image: Path) -> str:
+    """Check that an image holds the modules of a kernel, by its manifest; return a warning, empty where it does.
+
+    `image` is the image, with its manifest beside it, or the manifest. Raises AnchorError when the image has the modules
+    of other kernels only: the node would boot, and find none of its drivers.
+    """
+    from anchor_build.manifest import MAGIC, SUFFIX, read_manifest
+
+    beside = image.with_name(image.name + SUFFIX)
+    try:
+        with image.open("rb") as file:
+            is_manifest = file.read(len(MAGIC)) == MAGIC.encode()
+    except OSError as error:
+        raise AnchorError(f"--for-image {image}: {error.strerror}") from None
+    if not is_manifest and not beside.is_file():
+        raise AnchorError(
+            f"--for-image {image}: {beside.name} is not beside it, which says what modules it has",
+            "`anchor-build image` makes both",
+        )
+    manifest, _ = read_manifest(image if is_manifest else beside)
+    if not manifest.kernels:
+        return f"the manifest of {image.name} names no kernel: whether it has modules of {kernel.release} is not known"
+    if kernel.release not in manifest.kernels:
+        raise AnchorError(
+            f"--for-image {image}: has the modules of {', '.join(manifest.kernels)},"
+            f" and the initramfs is for kernel {kernel.release}",
+            "choose the kernel with --kernel, or build in the image's own root with --sysroot",
+        )
+    return ""
+
+
 def release_of(image: Path) -> str:
     """Read the release from an x86 kernel image; raises AnchorError when it is none or may not be read."""
     try:

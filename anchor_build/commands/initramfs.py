@@ -35,6 +35,12 @@ DRIVERS_HELP = (
     default=True,
     help="Whether the kernel is put beside the initramfs as vmlinuz-RELEASE, where it is known. Default: it is.",
 )
+@click.option(
+    "--for-image",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The image that nodes will boot, or its manifest: refuse a kernel whose modules it does not have.",
+)
 @click.option("--ca", type=click.Path(path_type=Path), metavar="FILE", help="The CA bundle (PEM) that nodes trust.")
 @click.option(
     "--manifest-key",
@@ -74,6 +80,9 @@ DRIVERS_HELP = (
     metavar="FILE",
     help="Where to write. Default: initramfs-RELEASE.img here.",
 )
+@click.option(
+    "--no-cache", is_flag=True, help="Run dracut even if nothing has changed since the same build, and keep nothing."
+)
 @json_option
 @click.pass_obj
 def command(
@@ -83,6 +92,7 @@ def command(
     kernel: str | None,
     modules: Path | None,
     copy_kernel: bool,
+    for_image: Path | None,
     ca: Path | None,
     manifest_keys: tuple[Path, ...],
     manifest_since: str | None,
@@ -91,6 +101,7 @@ def command(
     add_drivers: tuple[str, ...],
     compress: str | None,
     output: Path | None,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
     """Build an initramfs from the chosen stages with this host's dracut, and read it back.
@@ -107,7 +118,7 @@ def command(
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.drivers import driver_set
-    from anchor_build.kernel import find_kernel
+    from anchor_build.kernel import check_image, find_kernel
     from anchor_build.manifest import read_public_keys, read_since
     from anchor_build.profile import used_profile
     from anchor_build.root import HOST, open_root
@@ -119,6 +130,7 @@ def command(
     plan = choice.plan()
     root = open_root(sysroot) if sysroot is not None else HOST
     found = find_kernel(kernel, modules, root)
+    warnings = [check_image(found, for_image)] if for_image is not None else []
     bundle, warning = read_ca(ca, root)
     build = InitramfsBuild(
         plan=plan,
@@ -133,10 +145,10 @@ def command(
         copy_kernel=copy_kernel,
         compress=compress,
         inputs=used_profile(),
-        warnings=(warning,) if warning else (),
+        warnings=tuple(filter(None, (warning, *warnings))),
         tell=lambda line: console.detail(f"  | {line}"),
     )
-    report = build_initramfs(build, console.step)
+    report = build_initramfs(build, console.step, use_cache=not no_cache)
     for text in report["warnings"]:
         console.warn(text)
     if as_json:

@@ -1,15 +1,15 @@
 """Keeps finished initramfs images by what they were made from, so that a build with nothing changed takes no time.
 
-An entry's name is the digest of everything that is said to a build: options, settings, profile, kernel, CA, versions. In
-it stands what the build may have read, as a list of files with their fingerprints: type, mode, owner, size, inode, times
-of change. A file is the same while its fingerprint is; where that differs, and the entry has the file's digest, its
-content decides.
+An entry's name is the digest of everything that is said to a build: options, settings, profile, kernel, CA, versions.
+In it stands what the build may have read, as a list of files with their fingerprints: type, mode, owner, size, inode,
+times of change. A file is the same while its fingerprint is; where that differs, and the entry has the file's digest,
+its content decides.
 
 Why a result is never stale: whatever changes a file or its attributes sets its ctime to the time of the change, and no
 program can set it to another one. The fingerprints are taken before dracut starts and again when the initramfs has been
 read back, and a build is kept only if they are equal and every ctime in them lies more than RACY_NS before the first
 time. So each later change has a later ctime, even where clocks or file systems count in whole seconds. New and missing
-files are found since directories are listed; which ones is in `Inputs`, and a test that traces dracut holds that it looks
+files are found since directories are listed; inputs.py says which, and a test that traces dracut holds that it looks
 nowhere else.
 """
 
@@ -130,7 +130,7 @@ def is_settled(found: Mapping[str, str], began_ns: int, directories: Iterable[st
 
 
 def digests(found: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of the regular files in a snapshot that are small or in `wanted`; links count by their target."""
+    """Return the SHA-256 of the files in a snapshot that are small or in `wanted`; of links, where they lead."""
     names = set(wanted)
     result = {}
     for path, text in found.items():
@@ -196,14 +196,14 @@ def find(key: str) -> Kept | None:
     """Return the build that is kept under a key if none of its inputs has changed; a damaged entry is removed."""
     path = directory() / key
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = file.readline(128)
+            head, image = file.readline(), file.read()
     except OSError:
         return None
-    digest, _, body = data.partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() != digest:
+    if _digest_of(head, image) != digest:
         path.unlink(missing_ok=True)
         return None
-    head, _, image = body.partition(b"\n")
     entry = json.loads(head)
     inputs = Inputs(*(frozenset(entry["inputs"][name]) for name in ("trees", "lists", "files")))
     if not unchanged(inputs, entry["fingerprints"], entry["digests"]):
@@ -227,8 +227,8 @@ def keep(
     """
     limit = size_limit()
     head = {"inputs": inputs.as_json(), "fingerprints": found, "digests": known, "report": report}
-    body = json.dumps(head).encode() + b"\n" + image
-    if len(body) > limit:
+    line = json.dumps(head).encode() + b"\n"
+    if len(line) + len(image) > limit:
         return
     top = directory()
     with suppress(OSError):  # a full disk must not fail a build that is done
@@ -236,12 +236,18 @@ def keep(
         handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=top)  # 0600
         partial = Path(name)
         try:
-            with open(handle, "wb") as file:
-                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            with os.fdopen(handle, "wb") as file:
+                file.writelines((_digest_of(line, image), line, image))
             partial.replace(top / key)
         finally:
             partial.unlink(missing_ok=True)
         prune(top, limit)
+
+
+def _digest_of(head: bytes, image: bytes) -> bytes:
+    digest = hashlib.sha256(head)
+    digest.update(image)
+    return digest.hexdigest().encode() + b"\n"
 
 
 def size_limit() -> int:

@@ -136,7 +136,7 @@ def _check_same(wanted: str | None, image: Path | None, modules: Path, release: 
 def check_image(kernel: Kernel, image: Path) -> str:
     """Check that an image holds the modules of a kernel, by its manifest; return a warning, empty where it does.
 
-    `image` is the image, with its manifest beside it, or the manifest. Raises AnchorError when the image has the modules
+    `image` is the image, with its manifest beside it, or the manifest. Raises AnchorError when it has the modules
     of other kernels only: the node would boot, and find none of its drivers.
     """
     from anchor_build.manifest import MAGIC, SUFFIX, read_manifest

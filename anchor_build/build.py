@@ -22,8 +22,8 @@ from anchor_build.kernel import Kernel
 from anchor_build.manifest import PublicKey
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
-from anchor_build.root import WORK, enter
-from anchor_build.run import SYSTEM_PATH, run
+from anchor_build.root import ENVIRONMENT, WORK, enter
+from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
@@ -229,8 +229,7 @@ def _run_dracut(
 ) -> None:
     root = build.kernel.root
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
-    # Nothing else of our environment: dracut and its modules take settings from there.
-    env |= {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
+    env |= ENVIRONMENT
     env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
     log = work / "dracut.log"
     try:

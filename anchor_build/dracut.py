@@ -14,7 +14,7 @@ from anchor_build.files import work_directory
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, write_modules
-from anchor_build.root import HOST, Root, enter
+from anchor_build.root import ENVIRONMENT, HOST, Root, enter
 from anchor_build.run import run, which
 
 BASE = Path("/usr/lib/dracut")
@@ -92,7 +92,8 @@ def find_dracut(root: Root = HOST) -> Dracut:
         text = run([program, "--version"]).stdout
     else:
         with work_directory() as work:
-            text = run(enter(root, work, [root.inside(program), "--version"])).stdout
+            argv = enter(root, work, [root.inside(program), "--version"])
+            text = run(argv, env=ENVIRONMENT, only_env=True).stdout
     found = VERSION.search(text)
     if found is None and text.strip() in ("DRACUT_VERSION=", "dracut"):
         found = DPKG_VERSION.search(_dpkg_status(root))

@@ -7,6 +7,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +31,36 @@ TREES = (
         "/usr/share/dbus-1",
         "/usr/lib/NetworkManager",
     ),
-    *("/usr/lib/kbd", "/usr/lib/pcrlock.d", "/usr/lib/credstore", "/usr/lib/locale", "/usr/local/lib/firmware"),
+    *("/usr/lib/kbd", "/usr/lib/pcrlock.d", "/usr/lib/credstore", "/usr/lib/locale", "/usr/lib/ssl", "/run/modprobe.d"),
 )
 # and of these what is directly in them.
 LISTS = (
     *PROGRAM_PATH.split(":"),
     *("/", "/usr", "/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/libx32", "/lib", "/lib64", "/usr/libexec"),
-    *("/usr/local", "/usr/local/lib", "/boot", "/usr/share", "/var", "/var/lib", "/usr/lib/modules", "/lib/modules"),
+    *(
+        "/usr/local",
+        "/usr/local/bin",
+        "/usr/local/sbin",
+        "/usr/local/lib",
+        "/usr/local/share",
+        "/boot",
+        "/usr/share",
+        "/usr/share/locale",
+    ),
+    *("/usr/lib/pkgconfig", "/usr/share/pkgconfig", "/var", "/var/lib", "/var/cache", "/var/cache/ldconfig"),
+    *("/usr/lib/modules", "/lib/modules"),
 )
-# The directories of libraries on Debian, and what they have below them.
-LIBRARY_LISTS = ("", "/gconv", "/engines-3", "/engines-1.1", "/ossl-modules", "/systemd", "/security", "/cryptsetup")
+# What directories of libraries have below them.
+LIBRARY_LISTS = ("", "/gconv", "/engines-3", "/engines-1.1", "/ossl-modules", "/systemd", "/security", "/pkgconfig")
+CONFIGURATIONS = ("/boot/config-{}", "/usr/src/linux-{}", "/usr/src/linux-{}/.config", "/usr/src")
+# Whether this is a container, and whether it was booted: the rest of /run comes and goes.
+FILES = (
+    "/run/systemd/container",
+    "/run/systemd/system",
+    "/run/host/container-manager",
+    "/run/containerenv",
+    "/.dockerenv",
+)
 
 
 def facts_of(build: InitramfsBuild) -> dict[str, Any]:
@@ -74,16 +95,27 @@ def before_build(build: InitramfsBuild) -> cache.Inputs:
     trees |= {str(Path(__file__).parent)} | {str(data_directory() / name) for name in ("dracut-modules", "lib")}
     trees |= {str(stage.directory) for stage in build.plan.all}
     lists = {str(root.at(path)) for path in LISTS}
-    for top in ("/usr/lib", "/lib"):
-        triplets = [path.name for path in sorted(root.at(top).glob("*-linux-gnu*")) if path.is_dir()]
-        lists |= {str(root.at(f"{top}/{name}{sub}")) for name in triplets for sub in LIBRARY_LISTS}
-    files = {str(root.at(f"/boot/config-{build.kernel.release}"))}
+    lists |= {str(root.at(f"{top}{sub}")) for top in _library_directories(root) for sub in LIBRARY_LISTS}
+    files = {str(root.at(path)) for path in FILES}
+    files |= {str(root.at(path.format(build.kernel.release))) for path in CONFIGURATIONS}
     if build.kernel.image is not None:
         files |= {str(build.kernel.image), str(build.kernel.image.resolve())}
     # The links that lead to all this.
     files |= {str(root.directory / path.lstrip("/")) for path in (*TREES, *LISTS)}
     files |= {str(root.directory / "lib/modules"), str(root.directory / "usr/lib/modules")}
     return cache.Inputs(frozenset(trees), frozenset(lists), frozenset(files))
+
+
+def _library_directories(root: Root) -> list[str]:
+    """Return where ld.so looks: Debian's directories by processor, and those of ld.so.conf(5)."""
+    found = []
+    for top in ("/usr/lib", "/lib"):
+        found += [f"{top}/{path.name}" for path in root.at(top).glob("*-linux-gnu*") if path.is_dir()]
+    for path in (root.at("/etc/ld.so.conf"), *root.at("/etc/ld.so.conf.d").glob("*.conf")):
+        with suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            found += [line.strip() for line in lines if line.startswith("/")]
+    return found
 
 
 def went_in(root: Root, members: Iterable[str]) -> cache.Inputs:

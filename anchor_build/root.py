@@ -17,10 +17,12 @@ from pathlib import Path
 
 from anchor_build.elf import machine_of
 from anchor_build.errors import AnchorError
-from anchor_build.run import which
+from anchor_build.run import SYSTEM_PATH, which
 
 # dracut.sh sets its PATH to this (DRACUT_PATH): what lies in /usr/local is not found.
 PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# All that dracut gets of our environment: it and its modules take settings from there.
+ENVIRONMENT = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
 # Where the work directory of a build is seen inside.
 WORK = Path("/tmp/anchor-build")  # noqa: S108 - a tmpfs of its own
 WRITABLE = ("run", "tmp", "var/tmp")

@@ -25,6 +25,7 @@ TOOLS = (
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
 RPMBUILD = Binary("rpmbuild", "rpm-build", "rpm")
+BUILDAH = Binary("buildah", "buildah", "buildah")
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -51,6 +52,11 @@ def examine(plan: Plan) -> list[Finding]:
         _kernels(),
         _program("packages", RPMBUILD, needed=False),
         _program("boot", QEMU, needed=False),
+        *(
+            _program("--sysroot", Binary(name, "util-linux", "util-linux"), needed=False)
+            for name in ("unshare", "setpriv")
+        ),
+        _program("--container", BUILDAH, needed=False),
         _root(),
         _work_space(),
     ]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anchor_build.errors import AnchorError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+# No build takes so long; what is older than this was left by one that was killed. In seconds.
+LEFT_AGE_S = 2 * 86400
 
 
 def cache_directory() -> Path:
@@ -44,10 +48,14 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def work_directory() -> Iterator[Path]:
-    """Yield a directory in the cache that goes away."""
+    """Yield a directory in the cache that goes away; those of builds that were killed long ago go first."""
     cache = cache_directory().absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob("build-*"):
+            with suppress(OSError):
+                if left.stat().st_mtime < time.time() - LEFT_AGE_S:
+                    shutil.rmtree(left, ignore_errors=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
     except OSError as error:
         raise AnchorError(

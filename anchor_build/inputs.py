@@ -65,12 +65,12 @@ FILES = (
 
 def facts_of(build: InitramfsBuild) -> dict[str, Any]:
     """Return everything that is said to a build, for cache.key_of; secrets do not leave it but as a digest."""
-    kernel = build.kernel
+    kernel, root, image = build.kernel, build.kernel.root, build.kernel.image
     return {
         "anchor_build": __version__,
         "code": str(data_directory()),
-        "root": str(kernel.root.directory),
-        "kernel": [kernel.release, str(kernel.modules), str(kernel.image)],
+        "root": root.identity or str(root.directory),
+        "kernel": [kernel.release, str(root.inside(kernel.modules)), str(image and root.inside(image))],
         "stages": [[stage.id, str(stage.directory), stage.origin] for stage in build.plan.all],
         "choosers": sorted(build.plan.choosers.items()),
         "settings": [[setting.param.key, setting.value] for setting in build.settings],
@@ -87,13 +87,15 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
 
 
 def before_build(build: InitramfsBuild) -> cache.Inputs:
-    """Return what is known to matter before dracut runs; see after_build."""
+    """Return what is known to matter before dracut runs; the files that it takes are known when it has run."""
     root = build.kernel.root
-    trees = {str(root.at(path)) for path in TREES}
-    trees |= {str(build.kernel.modules), str(build.kernel.modules.resolve())}
     # The code that decides what dracut is told, and the stages.
-    trees |= {str(Path(__file__).parent)} | {str(data_directory() / name) for name in ("dracut-modules", "lib")}
+    trees = {str(Path(__file__).parent)} | {str(data_directory() / name) for name in ("dracut-modules", "lib")}
     trees |= {str(stage.directory) for stage in build.plan.all}
+    if root.identity:
+        return cache.Inputs(frozenset(trees), frozenset(), frozenset())
+    trees |= {str(root.at(path)) for path in TREES}
+    trees |= {str(build.kernel.modules), str(build.kernel.modules.resolve())}
     lists = {str(root.at(path)) for path in LISTS}
     lists |= {str(root.at(f"{top}{sub}")) for top in _library_directories(root) for sub in LIBRARY_LISTS}
     files = {str(root.at(path)) for path in FILES}
@@ -122,7 +124,7 @@ def went_in(root: Root, members: Iterable[str]) -> cache.Inputs:
     """Return the files that are in an initramfs and have the same place in the system, with their directories."""
     files: set[str] = set()
     lists: set[str] = set()
-    for member in members:
+    for member in () if root.identity else members:
         path = root.at("/" + member)
         if path.exists() and not path.is_dir():
             # the link, and what it leads to

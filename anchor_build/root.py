@@ -78,9 +78,14 @@ exit $?
 
 @dataclass(frozen=True)
 class Root:
-    """The system below a directory, which is absolute and has no symbolic link in it; `/` is this host."""
+    """The system below a directory, which is absolute and has no symbolic link in it; `/` is this host.
+
+    `label` is what a user calls it. An `identity` stands for all that is in it, and never changes.
+    """
 
     directory: Path = Path("/")
+    label: str = ""
+    identity: str = ""
 
     @property
     def is_host(self) -> bool:
@@ -90,7 +95,7 @@ class Root:
     @property
     def name(self) -> str:
         """What to call it in a message."""
-        return "this host" if self.is_host else str(self.directory)
+        return "this host" if self.is_host else self.label or str(self.directory)
 
     def at(self, path: Path | str) -> Path:
         """Return where a path of this system is on the host; symbolic links are followed inside of it.
@@ -140,15 +145,16 @@ class Root:
 HOST = Root()
 
 
-def open_root(directory: Path) -> Root:
+def open_root(directory: Path, label: str = "", identity: str = "") -> Root:
     """Return the system below `directory`; raises AnchorError when nothing of it could run here."""
+    what = label or f"--sysroot {directory}"
     try:
         path = directory.resolve(strict=True)
         if not path.is_dir():
             raise NotADirectoryError(20, os.strerror(20))
     except OSError as error:
-        raise AnchorError(f"--sysroot {directory}: {error.strerror}") from None
-    root = Root(path)
+        raise AnchorError(f"{what}: {error.strerror}") from None
+    root = Root(path, label, identity)
     if root.is_host:
         return root
     problems = [f"{name} is missing: install util-linux or coreutils" for name in TOOLS if which(name) is None]
@@ -159,18 +165,18 @@ def open_root(directory: Path) -> Root:
     shell = root.at("/bin/sh")
     if not shell.is_file() or not os.access(shell, os.X_OK):
         raise AnchorError(
-            f"--sysroot {directory}: has no /bin/sh: nothing can run in it",
+            f"{what}: has no /bin/sh: nothing can run in it",
             "name the top directory of an installed system, the one that holds usr and etc",
         )
     theirs, ours = machine_of(shell), machine_of(Path("/proc/self/exe")) or platform.machine()
     if theirs and theirs != ours and theirs not in ALSO_RUNS.get(ours, ()):
         raise AnchorError(
-            f"--sysroot {directory}: is a system for {theirs}, and this host is {ours}: its programs cannot run here",
+            f"{what}: is a system for {theirs}, and this host is {ours}: its programs cannot run here",
             f"build it on a host with that processor, {theirs}",
         )
     for name in ("proc", "sys", "dev", "run", "tmp"):
         if not root.at(name).is_dir():
-            raise AnchorError(f"--sysroot {directory}: has no directory /{name}, which dracut needs", "make it, empty")
+            raise AnchorError(f"{what}: has no directory /{name}, which dracut needs", "make it, empty")
     return root
 
 

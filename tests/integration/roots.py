@@ -21,6 +21,8 @@ from tests.conftest import TOP
 CACHE = TOP / ".cache" / "roots"
 # suite -> the version of dracut in it
 DRACUT = {"bullseye": "051", "bookworm": "059", "trixie": "106", "forky": "112"}
+# The one that the tests share where one has to do.
+SHARED = "trixie"
 # What the stages acme, token, https and squashfs take, and each network back end that dracut knows in Debian; not the
 # package dracut, which makes an initramfs of its own for each kernel that is installed.
 PACKAGES = (

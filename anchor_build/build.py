@@ -129,8 +129,9 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
                 deb, rpm = dracut.module_packages(module)
-                which = f"dracut {installed.version_text}{where}" if where else "this dracut"
-                problems.append(f"{stage.id}: {which} has no module {module}: install {deb} (deb) or {rpm} (rpm)")
+                problems.append(
+                    f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm){where}"
+                )
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
     wanted += [("--drivers", driver) for driver in build.driver_set.drivers]

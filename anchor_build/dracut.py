@@ -173,6 +173,8 @@ def configuration(modules: Path, work: Path) -> str:
     return "\n".join(
         [
             "# Log to standard error only; the host's own configuration is not read.",
+            # What -v shows: newer ones say less without it.
+            "stdloglvl=4",
             "sysloglvl=0",
             "fileloglvl=0",
             "kmsgloglvl=0",

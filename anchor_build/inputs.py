@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +69,7 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
     """Return everything that is said to a build, for cache.key_of; secrets do not leave it but as a digest."""
     kernel, root, image = build.kernel, build.kernel.root, build.kernel.image
     return {
-        "anchor_build": __version__,
+        "anchor_build": [__version__, version("jinja2"), sys.version],
         "code": str(data_directory()),
         "root": root.identity or str(root.directory),
         "kernel": [kernel.release, str(root.inside(kernel.modules)), str(image and root.inside(image))],
@@ -100,6 +102,8 @@ def before_build(build: InitramfsBuild) -> cache.Inputs:
     lists |= {str(root.at(f"{top}{sub}")) for top in _library_directories(root) for sub in LIBRARY_LISTS}
     files = {str(root.at(path)) for path in FILES}
     files |= {str(root.at(path.format(build.kernel.release))) for path in CONFIGURATIONS}
+    if root.is_host:
+        files |= {f"{path}/dracut" for path in os.environ.get("PATH", "").split(":") if path.startswith("/")}
     if build.kernel.image is not None:
         files |= {str(build.kernel.image), str(build.kernel.image.resolve())}
     # The links that lead to all this.

@@ -72,7 +72,7 @@ def anchor_build(top: Path, *words: str | Path, **extra: str) -> subprocess.Comp
 
 def everything(top: Path) -> dict[str, tuple[int, ...]]:
     """Return what would show that something in a tree was touched, directories included."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for directory, names, files in os.walk(top):
         for name in (".", *names, *files):
             facts = os.lstat(os.path.join(directory, name))  # noqa: PTH118 - thousands of files
@@ -239,7 +239,12 @@ def relink(path: Path, target: str) -> Callable[[], None]:
     before = path.readlink()
     path.unlink()
     path.symlink_to(target)
-    return lambda: (path.unlink(), path.symlink_to(before))[1]
+
+    def back() -> None:
+        path.unlink()
+        path.symlink_to(before)
+
+    return back
 
 
 def mode(path: Path, bits: int) -> Callable[[], None]:

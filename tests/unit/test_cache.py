@@ -60,6 +60,20 @@ def preserve(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def replace_link(path: Path, target: str | None) -> None:
+    path.unlink()
+    if target is None:
+        path.write_text("content", encoding="utf-8")
+    else:
+        path.symlink_to(target)
+
+
+def put_in_place(path: Path, content: str) -> None:
+    other = path.with_name("other")
+    other.write_text(content, encoding="utf-8")
+    other.replace(path)
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "content": lambda top: (top / "tree/below/file").write_text("another"),
     "content of the same size and time": lambda top: preserve(top / "tree/file", b"CONTENT"),
@@ -73,9 +87,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a file that went away": lambda top: (top / "list/file").unlink(),
     "a mode": lambda top: (top / "tree/file").chmod(0o600),
     "an owner": lambda top: os.chown(top / "tree/file", 1, 1),
-    "where a link leads": lambda top: ((top / "list/link").unlink(), (top / "list/link").symlink_to("single")),
-    "a file in place of a link": lambda top: ((top / "list/link").unlink(), (top / "list/link").write_text("content")),
-    "another file in its place": lambda top: ((top / "x").write_text("CONTENT"), (top / "x").rename(top / "tree/file")),
+    "where a link leads": lambda top: replace_link(top / "list/link", "single"),
+    "a file in place of a link": lambda top: replace_link(top / "list/link", None),
+    "another file in its place": lambda top: put_in_place(top / "tree/file", "CONTENT"),
 }
 
 

@@ -150,7 +150,7 @@ class Observation:
         self._thread.start()
 
     def _take_digests(self) -> None:
-        self.known = cache.digests(self.found, ())
+        self.known = cache.digests(self.found, self.inputs.files)
 
     def finish(self, members: Iterable[str]) -> tuple[cache.Inputs, dict[str, str], dict[str, str]] | None:
         """Return the inputs, their fingerprints and digests; None if something may have changed while dracut ran."""
@@ -165,4 +165,5 @@ class Observation:
         directories = more.lists - self.inputs.lists
         if appeared or not cache.is_settled(found, self.began_ns, directories):
             return None
-        return inputs, found, self.known | cache.digests(late, late)
+        rest = {path: text for path, text in found.items() if path not in self.known}
+        return inputs, found, self.known | cache.digests(rest, more.files)

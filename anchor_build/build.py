@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anchor_build import __version__, dracut, readback
+from anchor_build import __version__, cache, dracut, readback
 from anchor_build.console import Step
-from anchor_build.cpio import read_initramfs
+from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
+from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
+from anchor_build.root import ENVIRONMENT, WORK, enter
 from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.signing import PublicKey
 from anchor_build.stage import is_promised
 from anchor_build.version import source_date_epoch
+
+# The name of what dracut writes in the work directory, when that is all of this host that it sees.
+OUTPUT = "initramfs.img"
+
+# What a build has where nothing is said.
+NETWORK_DRIVERS = DriverSet()
+# How many drivers without their firmware a warning names.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,10 @@ class InitramfsBuild:
     manifest_keys: tuple[PublicKey, ...] = ()
     # Seconds since the epoch: no older manifest is accepted.
     manifest_since: int | None = None
+    # More drivers by name, and the set that they are added to.
     drivers: tuple[str, ...] = ()
+    driver_set: DriverSet = NETWORK_DRIVERS
+    copy_kernel: bool = True
     compress: str | None = None
     # The SHA-256 of more inputs by their role: the profile.
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -49,55 +65,80 @@ class InitramfsBuild:
         """Where the JSON report goes: beside the output."""
         return self.output.with_name(self.output.name + ".json")
 
+    @property
+    def kernel_file(self) -> Path | None:
+        """Where the copy of the kernel goes: beside the output; None where there is no kernel to copy."""
+        if not self.copy_kernel or self.kernel.image is None:
+            return None
+        return self.output.with_name(f"vmlinuz-{self.kernel.release}")
 
-def build_initramfs(build: InitramfsBuild, step: Step) -> dict[str, Any]:
-    """Build, verify and put in place; return the report.
+
+def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True) -> dict[str, Any]:
+    """Build, verify and put in place; return the report. With `use_cache`, what was built before is not built again.
 
     The output and its report appear whole or not at all. Raises AnchorError for everything that is missing,
     for a failed dracut, and when the finished file lacks something that a stage promises.
     """
-    installed = dracut.find_dracut()
+    key = cache.key_of(facts_of(build)) if use_cache else ""
+    _check_output(build)
+    if use_cache and (kept := cache.find(key)) is not None:
+        with (
+            step("nothing has changed: take the initramfs from the cache"),
+            disk_errors(),
+            beside(build.output) as file,
+        ):
+            file.write_bytes(kept.image)
+            return _put_in_place(build, file, kept.report)
+    installed = dracut.find_dracut(build.kernel.root)
     _check_host(build, installed)
+    seen = Observation(build) if use_cache else None
     modules = render_plan(build.plan)
     with disk_errors(), work_directory() as work, beside(build.output) as partial:
         with step("render the stages"):
             site = _site_files(build)
             request = _prepare(build, installed, modules, site, work, partial)
         with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
-            _run_dracut(build, installed, request, work)
+            _run_dracut(build, installed, request, work, partial)
         with step("read the initramfs back"):
-            report = _verify(build, installed, modules, request, site)
-        _put_in_place(build, partial, report)
-    return report
+            initramfs = read_initramfs(partial, work)
+            report = _verify(build, installed, modules, request, site, work, partial, initramfs)
+        if seen is not None and (inputs := seen.finish(initramfs.members)) is not None:
+            cache.keep(key, *inputs, report, partial.read_bytes())
+        return _put_in_place(build, partial, report)
+
+
+def _check_output(build: InitramfsBuild) -> None:
+    problems = output_problems(build.output, build.report_file)
+    if problems:
+        raise AnchorError("\n".join(problems), "name another place with --output FILE")
 
 
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
+    where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if not binary.optional and dracut.find_program(binary.name) is None:
+            if not binary.optional and build.kernel.root.find_program(binary.name) is None:
                 problems.append(
-                    f"{stage.id}: {binary.name} is missing: install {binary.where}"
-                    + dracut.misplaced_program(binary.name)
+                    f"{stage.id}: {binary.name} is missing{where}: install {binary.where}"
+                    + (dracut.misplaced_program(binary.name) if not where else "")
                 )
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
                 deb, rpm = dracut.module_packages(module)
-                problems.append(f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm)")
+                problems.append(
+                    f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm){where}"
+                )
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
+    wanted += [("--drivers", driver) for driver in build.driver_set.drivers]
     wanted += [("--add-drivers", driver) for driver in build.drivers]
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
             problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
-    output = output_problems(build.output, build.report_file)
-    if problems or output:
-        # Of the output doctor knows nothing.
-        hint = (
-            "`anchor-build doctor` shows what this host lacks" if problems else "name another place with --output FILE"
-        )
-        raise AnchorError("\n".join(problems + output), hint)
+    if problems:
+        raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks" if not where else "")
 
 
 def build_time(build: InitramfsBuild) -> int:
@@ -109,9 +150,10 @@ def build_time(build: InitramfsBuild) -> int:
     given = source_date_epoch()
     if given is not None:
         return given
-    inputs = [build.kernel.modules / "modules.dep", dracut.BASE / "dracut-functions.sh"]
+    root = build.kernel.root
+    inputs = [build.kernel.modules / "modules.dep", root.at(dracut.BASE / "dracut-functions.sh")]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
-    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := dracut.find_program(b.name))]
+    inputs += [path for stage in build.plan.all for b in stage.binaries if (path := root.find_program(b.name))]
     newest = max(int(path.stat().st_mtime) for path in inputs)
     return min(max(newest, _newest_certificate(build.ca)), int(time.time()))
 
@@ -158,38 +200,52 @@ def _prepare(
     work: Path,
     output: Path,
 ) -> dracut.Request:
-    base, etc, config = work / "dracut", work / "etc", work / "dracut.conf"
-    dracut.make_base(installed, modules, base)
+    root = build.kernel.root
+    # What lies in the work directory, as dracut sees it; in another system, the output too.
+    seen = work if root.is_host else WORK
+    dracut.make_base(installed, modules, work / "dracut", build.driver_set.without)
+    etc, config = work / "etc", work / "dracut.conf"
     etc.mkdir()
     for name, content in site.items():
         (etc / name).write_bytes(content)
         (etc / name).chmod(readback.site_mode(name))
-    config.write_text(dracut.configuration(build.kernel.modules, work / "tmp"), encoding="utf-8")
+    config.write_text(dracut.configuration(root.inside(build.kernel.modules), seen / "tmp"), encoding="utf-8")
     (work / dracut.CONFIG_PARTS).mkdir()
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
-        modules=dracut.choose_modules(installed, build.plan),
-        drivers=build.drivers,
-        compress=build.compress or dracut.choose_compression(build.kernel),
-        base=base,
-        config=config,
-        output=output,
+        modules=dracut.choose_modules(installed, build.plan, build.driver_set.modules),
+        drivers=wanted_names((*build.driver_set.drivers, *build.drivers), build.kernel.driver_names()),
+        compress=build.compress or dracut.choose_compression(build.kernel, root),
+        base=seen / "dracut",
+        config=seen / config.name,
+        output=output if root.is_host else seen / OUTPUT,
     )
 
 
-def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path) -> None:
-    env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(work / "etc")}
+def _run_dracut(
+    build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path, output: Path
+) -> None:
+    root = build.kernel.root
+    env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
+    env |= ENVIRONMENT
+    env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
     log = work / "dracut.log"
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
-        run(dracut.arguments(installed, request), env=env, cwd=work, log=log, umask=0o022)
+        argv = enter(root, work, dracut.arguments(installed, request))
+        run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
+        if not root.is_host:
+            shutil.move(work / OUTPUT, output)
     except ProcessError as error:
-        raise ProcessError(error.argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+        argv = dracut.arguments(installed, request)
+        raise ProcessError(argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+    except FileNotFoundError:
+        output.write_bytes(b"")
     finally:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
             build.tell(line)
-    if not request.output.is_file() or request.output.stat().st_size == 0:
+    if not output.is_file() or output.stat().st_size == 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise AnchorError(f"dracut ended without an error but wrote nothing\n{tail}")
 
@@ -208,18 +264,21 @@ def _verify(
     modules: tuple[RenderedModule, ...],
     request: dracut.Request,
     site: Mapping[str, bytes],
+    work: Path,
+    output: Path,
+    initramfs: Initramfs,
 ) -> dict[str, Any]:
-    initramfs = read_initramfs(request.output, request.config.parent)
-    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, build.drivers)
+    drivers = (*build.driver_set.drivers, *build.drivers)
+    problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, drivers)
     if problems:
         raise AnchorError(
             "the finished initramfs lacks what its stages promise:\n  " + "\n  ".join(problems),
             "run again with -v: dracut says why it left something out",
         )
     contents = readback.measure(initramfs, build.plan, build.kernel)
-    data = request.output.read_bytes()
+    wanted = firmware(initramfs, work)
+    data = output.read_bytes()
     return {
-        "file": build.output.name,
         "sha256": sha256(data),
         "bytes": len(data),
         "compression": request.compress,
@@ -227,6 +286,7 @@ def _verify(
         "dracut": installed.version_text,
         "dracut_modules": list(request.modules),
         "kernel": build.kernel.release,
+        "driver_set": build.driver_set.name,
         "build_time": int(site["build-time"]),
         "stages": [stage.id for stage in build.plan.all],
         "manifest_keys": [key.fingerprint for key in build.manifest_keys],
@@ -238,7 +298,9 @@ def _verify(
         "bytes_by_stage": dict(contents.by_owner),
         "largest_files": [{"path": path, "bytes": size} for path, size in contents.largest],
         "drivers": list(contents.drivers),
-        "warnings": _warnings(build),
+        "firmware": list(wanted.included),
+        "missing_firmware": {driver: list(files) for driver, files in wanted.missing.items()},
+        "warnings": _warnings(build, wanted),
     }
 
 
@@ -252,13 +314,13 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
         inputs[module.name] = module_digest(module)
     for stage in build.plan.all:
         for binary in stage.binaries:
-            path = dracut.find_program(binary.name)
+            path = build.kernel.root.find_program(binary.name)
             if path is not None:
                 inputs[f"program {binary.name}"] = sha256(path.read_bytes())
     return inputs
 
 
-def _warnings(build: InitramfsBuild) -> list[str]:
+def _warnings(build: InitramfsBuild, wanted: Firmware) -> list[str]:
     secrets = [setting.param.key for setting in build.settings if setting.is_secret]
     found = list(build.warnings)
     if secrets:
@@ -267,14 +329,41 @@ def _warnings(build: InitramfsBuild) -> list[str]:
         )
     if build.manifest_keys and build.manifest_since is None:
         found.append("no --manifest-since: nodes accept every signed manifest until it expires, however old")
+    if wanted.missing:
+        names = sorted(wanted.missing)
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        where = "this host" if build.kernel.root.is_host else "the system there"
+        found.append(
+            f"firmware that drivers may ask for is not installed on {where}, and so not inside: {shown};"
+            " the report names the files (missing_firmware)"
+        )
     return found
 
 
-def _put_in_place(build: InitramfsBuild, partial: Path, report: Mapping[str, Any]) -> None:
+def _put_in_place(build: InitramfsBuild, partial: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the initramfs, the kernel and the report where they belong; return the report, which now names the files."""
+    report = {
+        "file": build.output.name,
+        "kernel_file": build.kernel_file.name if build.kernel_file else None,
+        **made,
+    }
     secret = any(setting.is_secret for setting in build.settings)
     partial.chmod(0o600 if secret else 0o644)
     with beside(build.report_file) as report_partial:
+        _copy_kernel(build)
         report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         report_partial.chmod(0o644)
         partial.replace(build.output)
         report_partial.replace(build.report_file)
+    return report
+
+
+def _copy_kernel(build: InitramfsBuild) -> None:
+    """Put the kernel beside the initramfs, unless it is there."""
+    source, target = build.kernel.image, build.kernel_file
+    if source is None or target is None or (target.exists() and target.samefile(source)):
+        return
+    with beside(target) as partial:
+        shutil.copyfile(source, partial)
+        partial.chmod(0o644)
+        partial.replace(target)

@@ -25,6 +25,7 @@ COMMANDS = {
     "stages": "List the stages that can be used.",
     "show": "Describe one stage and its parameters.",
     "check": "Check a kernel command line before a node sees it.",
+    "drivers": "List driver sets, or the drivers of this host's devices.",
     "doctor": "Say what this host lacks, and which package has it.",
     "inspect": "Show what is inside a package, an initramfs or an image, or compare two.",
     "boot": "Boot a kernel and an initramfs in QEMU and watch the node's steps.",

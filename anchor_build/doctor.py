@@ -13,6 +13,7 @@ from anchor_build import dracut
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import installed_releases
 from anchor_build.plan import Plan
+from anchor_build.root import HOST
 from anchor_build.rpm.rpmbuild import RPMBUILD
 from anchor_build.run import which
 from anchor_build.stage import NO_PACKAGE, Binary
@@ -24,6 +25,7 @@ TOOLS = (
 )
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
+BUILDAH = Binary("buildah", "buildah", "buildah")
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -50,6 +52,11 @@ def examine(plan: Plan) -> list[Finding]:
         _kernels(),
         _program("packages", RPMBUILD, needed=False),
         _program("boot", QEMU, needed=False),
+        *(
+            _program("--sysroot", Binary(name, "util-linux", "util-linux"), needed=False)
+            for name in ("unshare", "setpriv")
+        ),
+        _program("--container", BUILDAH, needed=False),
         _root(),
         _work_space(),
     ]
@@ -84,7 +91,7 @@ def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
 
 
 def _copied_program(owner: str, binary: Binary) -> Finding:
-    path = dracut.find_program(binary.name)
+    path = HOST.find_program(binary.name)
     detail = str(path) if path else f"not found{dracut.misplaced_program(binary.name)}"
     return _finding(f"{owner}: {binary.name}", path, detail, binary, not binary.optional)
 
@@ -113,7 +120,7 @@ def _dracut_module(name: str, owner: str) -> Finding:
 
 
 def _systemd_networkd() -> Finding:
-    there = Path("/", dracut.NETWORKD).exists()
+    there = dracut.has_networkd(HOST)
     detail = "present" if there else "missing: dracut falls back to a slower network module"
     return Finding("systemd-networkd", there, detail, False, "systemd-networkd", "systemd")
 

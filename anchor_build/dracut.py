@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from anchor_build.errors import AnchorError
+from anchor_build.files import work_directory
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, write_modules
+from anchor_build.root import ENVIRONMENT, HOST, Root, enter
 from anchor_build.run import run, which
 
 BASE = Path("/usr/lib/dracut")
 CONFIG_PARTS = "dracut.conf.d"
-# dracut.sh sets its PATH to this (DRACUT_PATH): what lies in /usr/local is not found.
-PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What the packages dracut-network hold: %files network of dracut's own spec, and Debian's package.
 NETWORK_MODULES = (
     *("cifs", "connman", "fcoe", "iscsi", "kernel-network-modules", "nbd", "network", "network-legacy"),
@@ -27,20 +26,28 @@ NETWORK_MODULES = (
 )
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
-NETWORKD = Path("usr/lib/systemd/systemd-networkd")
+EMPTY_MODULE = "#!/bin/bash\ncheck() {\n    return 255\n}\ninstall() {\n    :\n}\n"
+VERSION = re.compile(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)")
+DPKG_VERSION = re.compile(r"^Package: dracut-core\n(?:[^\n]+\n)*?Version: ([0-9]+)([^\s]*)", re.MULTILINE)
+# the second one where /lib is not a link to /usr/lib
+NETWORKD = (Path("/usr/lib/systemd/systemd-networkd"), Path("/lib/systemd/systemd-networkd"))
 
 
 @dataclass(frozen=True)
 class Dracut:
-    """An installed dracut: its program, its base directory and its version, such as 059 or 106-5."""
+    """An installed dracut: its program, its base directory and its version, such as 059 or 106-5.
+
+    Both paths are those of the system that it is installed in, `root`.
+    """
 
     program: Path
     base: Path
     version_text: str
+    root: Root = HOST
 
     def has_module(self, name: str) -> bool:
         """Whether a module of this name is installed, whatever its number."""
-        return any((self.base / "modules.d").glob(f"[0-9][0-9]{name}"))
+        return any(self.root.at(self.base / "modules.d").glob(f"[0-9][0-9]{name}"))
 
 
 def module_packages(name: str) -> tuple[str, str]:
@@ -55,7 +62,7 @@ def module_packages(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of dracut; every path in it exists but `output`."""
+    """One call of dracut; every path in it exists but `output`, and is as dracut sees it."""
 
     kernel: Kernel
     modules: tuple[str, ...]
@@ -66,71 +73,95 @@ class Request:
     output: Path
 
 
-def find_program(name: str) -> Path | None:
-    """Find a program where dracut looks for it, which is not the caller's PATH."""
-    found = shutil.which(name, path=PROGRAM_PATH)
-    return Path(found) if found else None
-
-
 def misplaced_program(name: str) -> str:
     """Return a remark on a program that is there, but not where dracut looks; nothing when there is none."""
     elsewhere = which(name)
     return f" (dracut does not find {elsewhere})" if elsewhere else ""
 
 
-def find_dracut() -> Dracut:
-    """Find dracut on this host; raises AnchorError when there is none or it does not tell its version."""
-    program = which("dracut")
-    if program is None or not BASE.is_dir():
-        raise AnchorError("dracut is not installed", "install dracut-core (deb) or dracut (rpm)")
-    script = BASE / "dracut-version.sh"
-    text = script.read_text(encoding="utf-8") if script.is_file() else run([program, "--version"]).stdout
-    found = re.search(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)", text)
+def find_dracut(root: Root = HOST) -> Dracut:
+    """Find dracut in a system; raises AnchorError when there is none or it does not tell its version."""
+    program = which("dracut") if root.is_host else root.find_program("dracut")
+    if program is None or not root.at(BASE).is_dir():
+        where = "" if root.is_host else f" in {root.name}"
+        raise AnchorError(f"dracut is not installed{where}", f"install dracut-core (deb) or dracut (rpm){where}")
+    script = root.at(BASE / "dracut-version.sh")
+    if script.is_file():
+        text = script.read_text(encoding="utf-8")
+    elif root.is_host:
+        text = run([program, "--version"]).stdout
+    else:
+        with work_directory() as work:
+            argv = enter(root, work, [root.inside(program), "--version"])
+            text = run(argv, env=ENVIRONMENT, only_env=True).stdout
+    found = VERSION.search(text)
+    if found is None and text.strip() in ("DRACUT_VERSION=", "dracut"):
+        found = DPKG_VERSION.search(_dpkg_status(root))
     if found is None:
         raise AnchorError(f"cannot tell the version of {program}", f"{script} holds: {text.strip()[:200]}")
-    return Dracut(program, BASE, found[1] + found[2])
+    return Dracut(root.inside(program), BASE, found[1] + found[2], root)
 
 
-def choose_modules(dracut: Dracut, plan: Plan) -> tuple[str, ...]:
-    """Return the dracut modules to name: ours, the host's kind of sh, and systemd where it is installed.
+def _dpkg_status(root: Root) -> str:
+    """Return dpkg's records of the installed packages: bullseye's dracut does not know its version itself."""
+    try:
+        return root.at("/var/lib/dpkg/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def choose_modules(dracut: Dracut, plan: Plan, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the dracut modules to name: ours, the system's kind of sh, and systemd where it is installed; and `more`.
 
     The core's own module says which network module it needs.
     """
-    ours = tuple(stage.module for stage in plan.all)
-    if Path("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
-        # Where the host's sh is dash the node's is too: dracut would prefer bash, which starts half as fast.
+    ours = (*(stage.module for stage in plan.all), *more)
+    if dracut.root.at("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
+        # Where the system's sh is dash the node's is too: dracut would prefer bash, which starts half as fast.
         ours = ("dash", *ours)
-    if (Path("/") / NETWORKD).exists() and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
+    if has_networkd(dracut.root) and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
         return (*SYSTEMD_MODULES, *ours)
     return ours
 
 
-def choose_compression(kernel: Kernel) -> str:
-    """Return the compression command: zstd, or gzip where the kernel cannot unpack zstd."""
-    if kernel.unpacks("zstd"):
+def has_networkd(root: Root) -> bool:
+    """Whether a system has systemd-networkd."""
+    return any(root.at(path).exists() for path in NETWORKD)
+
+
+def choose_compression(kernel: Kernel, root: Root = HOST) -> str:
+    """Return the compression command: zstd, or gzip where the kernel cannot unpack zstd or the system has none."""
+    if kernel.unpacks("zstd") and (root.is_host or root.find_program("zstd")):
         return "zstd -3 -T0 -q"
-    return "pigz -6" if which("pigz") else "gzip -6"
+    return "pigz -6" if root.find_program("pigz") else "gzip -6"
 
 
-def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path) -> None:
+def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path, without: Sequence[str] = ()) -> None:
     """Make a private base directory: links to the installed dracut, and the rendered modules among its modules.
 
-    A build thus needs no installed module and writes nothing below /usr.
+    A build thus needs no installed module and writes nothing below /usr. Installed modules that are named in `without`
+    are there and bring nothing, since others ask for them.
     """
     tree = directory / "modules.d"
     tree.mkdir(parents=True)
-    for path in sorted(dracut.base.iterdir()):
+    installed = dracut.root.at(dracut.base)
+    for path in sorted(installed.iterdir()):
         if path.name not in ("modules.d", "dracut.conf.d"):
             link = directory / path.name
-            link.symlink_to(path)
+            link.symlink_to(dracut.base / path.name)
             # --reproducible gives newer files the time of dracut-functions.sh: that of the link itself (touch -h).
-            os.utime(link, ns=(path.stat().st_mtime_ns,) * 2, follow_symlinks=False)
+            os.utime(link, ns=(dracut.root.at(dracut.base / path.name).stat().st_mtime_ns,) * 2, follow_symlinks=False)
     (directory / "dracut.conf.d").mkdir()
     ours = {re.sub(r"^[0-9]+", "", module.name) for module in modules}
-    for path in sorted((dracut.base / "modules.d").iterdir()):
+    for path in sorted((installed / "modules.d").iterdir()):
         # An older installed copy of one of our modules must not win over the rendered one.
-        if re.sub(r"^[0-9]+", "", path.name) not in ours:
-            (tree / path.name).symlink_to(path)
+        name = re.sub(r"^[0-9]+", "", path.name)
+        if name in without:
+            (tree / path.name).mkdir()
+            (tree / path.name / "module-setup.sh").write_text(EMPTY_MODULE, encoding="utf-8")
+            (tree / path.name / "module-setup.sh").chmod(0o755)
+        elif name not in ours:
+            (tree / path.name).symlink_to(dracut.base / "modules.d" / path.name)
     write_modules(tuple(modules), tree)
 
 
@@ -142,6 +173,8 @@ def configuration(modules: Path, work: Path) -> str:
     return "\n".join(
         [
             "# Log to standard error only; the host's own configuration is not read.",
+            # What -v shows: newer ones say less without it.
+            "stdloglvl=4",
             "sysloglvl=0",
             "fileloglvl=0",
             "kmsgloglvl=0",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,8 @@ DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
 )
+# No build takes so long; what is older than this was left by one that was killed. In seconds.
+LEFT_AGE_S = 2 * 86400
 
 
 def cache_directory() -> Path:
@@ -79,7 +83,7 @@ def disk_hints() -> Iterator[None]:
 
 @contextmanager
 def work_directory(*, plain: bool = False) -> Iterator[Path]:
-    """Yield a directory in the cache that goes away.
+    """Yield a directory in the cache that goes away; those of builds that were killed long ago go first.
 
     With `plain` its path has no characters that macros or unquoted shell text would trip over: where the cache's has,
     it is the system's directory for temporary files. Raises AnchorError when it cannot be made.
@@ -89,6 +93,10 @@ def work_directory(*, plain: bool = False) -> Iterator[Path]:
         cache = Path(tempfile.gettempdir())
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache_directory().glob("build-*"):
+            with suppress(OSError):
+                if left.stat().st_mtime < time.time() - LEFT_AGE_S:
+                    shutil.rmtree(left, ignore_errors=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
     except OSError as error:
         raise AnchorError(
@@ -128,6 +136,17 @@ def _remove_empty(directories: Sequence[Path]) -> None:
     for directory in directories:
         with suppress(OSError):
             directory.rmdir()
+
+
+@contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """Hold a lock on a file, which is made if it is not there; waits for whoever else holds it."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchor_build.errors import AnchorError
+from anchor_build.errors import AnchorError, UsageError
+from anchor_build.root import HOST, Root
 
 MODULE_TREES = (Path("/lib/modules"), Path("/usr/lib/modules"))
+IMAGE_NAMES = ("vmlinuz", "vmlinux", "Image")
 RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*")
 # Offsets of the x86 boot protocol: Documentation/arch/x86/boot.rst, "HdrS" and kernel_version.
 SETUP_MAGIC = (0x202, b"HdrS")
@@ -18,11 +20,15 @@ SETUP_START = 0x200
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel release, its modules directory, and the kernel image if one was named."""
+    """A kernel release, its modules directory, and the kernel image if one is known; both paths are the host's.
+
+    `root` is the system that they belong to.
+    """
 
     release: str
     modules: Path
     image: Path | None = None
+    root: Root = HOST
 
     def driver_names(self) -> frozenset[str]:
         """Return the names of all loadable modules, with `_` for `-`."""
@@ -35,7 +41,7 @@ class Kernel:
 
     def unpacks(self, compression: str) -> bool:
         """Say whether this kernel can unpack an initramfs compressed so: by its configuration, else by its version."""
-        places = [self.modules / "config", Path(f"/boot/config-{self.release}")]
+        places = [self.modules / "config", self.root.at(f"/boot/config-{self.release}")]
         if self.image is not None:
             places.insert(0, self.image.parent / f"config-{self.release}")
         for place in places:
@@ -67,15 +73,15 @@ def version_key(release: str) -> tuple[tuple[int, int | str], ...]:
     return (*parts, (0, ""))
 
 
-def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
-    """Find a kernel by release or by the path of its image; without either, the newest one of this host.
+def find_kernel(wanted: str | None, modules: Path | None = None, root: Root = HOST) -> Kernel:
+    """Find a kernel by release or by the path of its image; without either, the newest one of the system.
 
-    `modules` names the modules directory when it is not where the distribution puts it. Raises AnchorError
-    with a list of what there is.
+    `modules` names the modules directory when it is not where the distribution puts it. Both paths are the host's; in
+    another system the image's may be one of that system, too. Raises AnchorError with a list of what there is.
     """
-    image = Path(wanted) if wanted and ("/" in wanted or Path(wanted).is_file()) else None
-    if image is not None and not image.is_file():
-        raise AnchorError(f"--kernel {image}: no such file")
+    if modules is not None and not root.is_host:
+        raise UsageError("--modules belongs to builds with this host's dracut", "another system has modules of its own")
+    image = _image_of(wanted, root) if wanted and ("/" in wanted or Path(wanted).is_file()) else None
     if modules is not None:
         release = modules.resolve().name
         _check_same(wanted, image, modules, release)
@@ -84,14 +90,34 @@ def find_kernel(wanted: str | None, modules: Path | None = None) -> Kernel:
     elif wanted:
         release = wanted
     else:
-        release = _newest_release()
+        release = _newest_release(root)
     if not RELEASE.fullmatch(release):
         option = "--kernel" if modules is None else f"--modules {modules}"
-        there = ", ".join(installed_releases()) or "none"
-        raise AnchorError(
-            f"{option}: {release!r} is not a kernel release such as 6.1.0-18-amd64", f"kernels of this host: {there}"
-        )
-    return Kernel(release, _find_modules(release, image, modules), image)
+        raise AnchorError(f"{option}: {release!r} is not a kernel release such as 6.1.0-18-amd64", _there(root))
+    directory = _find_modules(release, image, modules, root)
+    return Kernel(release, directory, image or _installed_image(release, directory, root, modules is None), root)
+
+
+def _image_of(wanted: str, root: Root) -> Path:
+    """Return the kernel image that a path names: in another system it is one of that system, or below its directory."""
+    image = Path(wanted)
+    if not root.is_host:
+        absolute = image.resolve()
+        image = absolute if absolute.is_relative_to(root.directory) else root.at(wanted)
+    if not image.is_file():
+        raise AnchorError(f"--kernel {wanted}: no such file" + ("" if root.is_host else f" in {root.name}"))
+    return image
+
+
+def _installed_image(release: str, modules: Path, root: Root, installed: bool) -> Path | None:
+    """Return the image of a kernel: beside the modules as kernel-install wants it, or, if `installed`, in /boot."""
+    names = [modules / name for name in IMAGE_NAMES]
+    names += [root.at(f"/boot/{name}-{release}") for name in IMAGE_NAMES if installed]
+    return next((path for path in names if path.is_file()), None)
+
+
+def _there(root: Root) -> str:
+    return f"kernels of {root.name}: {', '.join(installed_releases(root)) or 'none'}"
 
 
 def _check_same(wanted: str | None, image: Path | None, modules: Path, release: str) -> None:
@@ -105,6 +131,37 @@ def _check_same(wanted: str | None, image: Path | None, modules: Path, release: 
             return  # another architecture's image does not tell
     if other != release:
         raise AnchorError(f"--kernel {wanted} is {other}, but --modules {modules} is of {release}")
+
+
+def check_image(kernel: Kernel, image: Path) -> str:
+    """Check that an image holds the modules of a kernel, by its manifest; return a warning, empty where it does.
+
+    `image` is the image, with its manifest beside it, or the manifest. Raises AnchorError when it has the modules
+    of other kernels only: the node would boot, and find none of its drivers.
+    """
+    from anchor_build.manifest import MAGIC, SUFFIX, read_manifest
+
+    beside = image.with_name(image.name + SUFFIX)
+    try:
+        with image.open("rb") as file:
+            is_manifest = file.read(len(MAGIC)) == MAGIC.encode()
+    except OSError as error:
+        raise AnchorError(f"--for-image {image}: {error.strerror}") from None
+    if not is_manifest and not beside.is_file():
+        raise AnchorError(
+            f"--for-image {image}: {beside.name} is not beside it, which says what modules it has",
+            "`anchor-build image` makes both",
+        )
+    manifest, _ = read_manifest(image if is_manifest else beside)
+    if not manifest.kernels:
+        return f"the manifest of {image.name} names no kernel: whether it has modules of {kernel.release} is not known"
+    if kernel.release not in manifest.kernels:
+        raise AnchorError(
+            f"--for-image {image}: has the modules of {', '.join(manifest.kernels)},"
+            f" and the initramfs is for kernel {kernel.release}",
+            "choose the kernel with --kernel, or build in the image's own root with --sysroot",
+        )
+    return ""
 
 
 def release_of(image: Path) -> str:
@@ -124,21 +181,23 @@ def release_of(image: Path) -> str:
     return head[pointer : pointer + 256].split(b"\0")[0].decode("ascii", "replace").split(" ")[0]
 
 
-def _newest_release() -> str:
-    found = installed_releases()
+def _newest_release(root: Root) -> str:
+    found = installed_releases(root)
     if not found:
         raise AnchorError(
-            "this host has no kernel with modules",
-            "install one, or name another with --kernel FILE and --modules DIR",
+            f"{root.name} has no kernel with modules",
+            "install one, or name another with --kernel FILE and --modules DIR"
+            if root.is_host
+            else "install one there: its modules go to /lib/modules/RELEASE, and depmod writes modules.dep",
         )
     return found[-1]
 
 
-def installed_releases() -> list[str]:
-    """Return the releases whose modules are installed on this host, oldest first."""
+def installed_releases(root: Root = HOST) -> list[str]:
+    """Return the releases whose modules are installed in a system, oldest first."""
     names = {
         path.name
-        for tree in MODULE_TREES
+        for tree in map(root.at, MODULE_TREES)
         if tree.is_dir()
         for path in tree.iterdir()
         if (path / "modules.dep").is_file()
@@ -146,19 +205,18 @@ def installed_releases() -> list[str]:
     return sorted(names, key=version_key)
 
 
-def _find_modules(release: str, image: Path | None, modules: Path | None) -> Path:
+def _find_modules(release: str, image: Path | None, modules: Path | None, root: Root) -> Path:
     if modules is not None:
         candidates = [modules.resolve()]
     else:
         # /boot/vmlinuz and a directory that holds a kernel and its lib/modules side by side
-        roots = [image.resolve().parent.parent, image.resolve().parent] if image is not None else []
+        roots = [image.resolve().parent.parent, image.resolve().parent] if image is not None and root.is_host else []
         candidates = [root / sub / release for root in roots for sub in ("lib/modules", "usr/lib/modules")]
-        candidates += [tree / release for tree in MODULE_TREES]
+        candidates += [root.at(tree / release) for tree in MODULE_TREES]
     for candidate in candidates:
         if (candidate / "modules.dep").is_file():
             return candidate
-    there = ", ".join(installed_releases()) or "none"
     raise AnchorError(
-        f"kernel {release}: no modules (modules.dep) in {', '.join(str(c) for c in candidates)}",
-        f"kernels of this host: {there}; another modules directory is named with --modules DIR",
+        f"kernel {release}: no modules (modules.dep) in {', '.join(str(c) for c in dict.fromkeys(candidates))}",
+        _there(root) + ("; another modules directory is named with --modules DIR" if root.is_host else ""),
     )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_build.cpio import Initramfs, Member
-from anchor_build.dracut import find_program as find_program_of_host
+from anchor_build.dracut import NETWORKD
+from anchor_build.elf import needed_libraries
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import HOOKS, NETWORK_FILE, RenderedModule, installed_files
-from anchor_build.run import run
 from anchor_build.stage import Stage, is_promised
 
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "bin", "sbin")
 HOOK_TREES = ("lib/dracut/hooks", "usr/lib/dracut/hooks", "var/lib/dracut/hooks")
-NETWORKD = "usr/lib/systemd/systemd-networkd"
 
 
 def missing(
@@ -49,7 +47,7 @@ def missing(
             problems += _compare(initramfs, stage.id, target, module.files[source].content, mode)
     for name, content in site.items():
         problems += _compare(initramfs, "anchor", f"/etc/anchor/{name}", content, site_mode(name))
-    if initramfs.resolve(NETWORKD):
+    if any(initramfs.resolve(str(path)) for path in NETWORKD):
         # With another network module there is no such file: its own way is ip= and rd.neednet.
         source, target = NETWORK_FILE
         problems += _compare(initramfs, "anchor", target, modules[0].files[source].content, 0o644)
@@ -105,7 +103,7 @@ class Contents:
 def measure(initramfs: Initramfs, plan: Plan, kernel: Kernel) -> Contents:
     """Say whose the bytes are: a file belongs to the first stage that needs it, the rest to the base system."""
     depends = driver_dependencies((kernel.modules / "modules.dep").read_text(encoding="utf-8"))
-    return measure_stages(initramfs, plan.all, depends, _libraries)
+    return measure_stages(initramfs, plan.all, depends, lambda stage: libraries(initramfs, stage))
 
 
 def measure_stages(
@@ -147,13 +145,22 @@ def _found(initramfs: Initramfs, paths: Sequence[str]) -> Iterator[str]:
     return (member.path for path in paths if (member := initramfs.resolve(path)))
 
 
-def _libraries(stage: Stage) -> list[str]:
-    """Return the shared libraries of a stage's programs, from ldd of the host's copies."""
-    programs = [str(path) for binary in stage.binaries if (path := find_program_of_host(binary.name))]
-    if not programs:
-        return []
-    text = run(["ldd", *programs], check=False).stdout
-    return sorted(set(re.findall(r"(?:=> |^\s+)(/\S+) \(0x", text, re.MULTILINE)))
+def libraries(initramfs: Initramfs, stage: Stage) -> list[str]:
+    """Return the shared libraries in the initramfs that a stage's programs need, and what those need."""
+    by_name: dict[str, str] = {}
+    for path in initramfs.members:
+        by_name.setdefault(path.rpartition("/")[2], path)
+    programs = (find_program(initramfs, binary.name) for binary in stage.binaries)
+    todo = [member for member in programs if member is not None]
+    found: dict[str, None] = {}
+    while todo:
+        for name in needed_libraries(todo.pop().content):
+            library = by_name.get(name, "")
+            member = initramfs.resolve(library) if library and library not in found else None
+            if member is not None:
+                found[library] = None
+                todo.append(member)
+    return sorted(found)
 
 
 def driver_dependencies(modules_dep: str) -> dict[str, tuple[str, ...]]:

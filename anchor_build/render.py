@@ -10,9 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from anchor_build import __version__, paramtypes
 from anchor_build.errors import AnchorError
@@ -20,6 +18,9 @@ from anchor_build.plan import DEFAULTS, Plan, chooses_absent
 from anchor_build.registry import data_directory, find_lib
 from anchor_build.settings import SYSTEM_BUNDLES
 from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
+
+if TYPE_CHECKING:
+    import jinja2
 
 # dracut runs modules by number; 50 to 59 are for third parties. The core comes first.
 CORE_NUMBER = 50
@@ -177,6 +178,8 @@ def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
 
 @cache
 def _environment() -> jinja2.Environment:
+    import jinja2  # here, since a build that is in the cache renders nothing
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(data_directory() / "dracut-modules" / "anchor"),
         undefined=jinja2.StrictUndefined,

@@ -45,12 +45,14 @@ def _is_passed_on(key: str) -> bool:
     return (key.isupper() and not key.startswith("LC_")) or key.endswith("_proxy")
 
 
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a child: ours, with a locale that keeps messages and sorting stable.
+def environment(extra: Mapping[str, str] | None = None, *, only: bool = False) -> dict[str, str]:
+    """Return the environment of a child: ours, with a locale that keeps messages and sorting stable; or `extra` only.
 
     Variables in lower case, but for http_proxy and its like, stay behind: dracut takes settings such as
     kernel_cmdline and omit_drivers from them.
     """
+    if only:
+        return dict(extra or {})
     env = {key: value for key, value in os.environ.items() if _is_passed_on(key)}
     env.pop("LANGUAGE", None)
     env["LC_ALL"] = "C.UTF-8"
@@ -63,6 +65,7 @@ def run(
     argv: Sequence[str | Path],
     *,
     env: Mapping[str, str] | None = None,
+    only_env: bool = False,
     cwd: Path | None = None,
     input_text: str | None = None,
     log: Path | None = None,
@@ -79,13 +82,24 @@ def run(
     standard output goes to that open file and is not returned. The child has its own process group, which is ended
     when `timeout` (seconds) passes or the caller is interrupted.
 
+    `env` is added to our environment, or with `only_env` takes its place.
+
     A `umask` replaces the caller's. A child that writes a file larger than `file_limit` bytes is killed.
 
     Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
     missing or the time is up.
     """
     words = [str(word) for word in argv]
-    child = start(words, env=env, cwd=cwd, log=log, stdout=stdout, stdin_pipe=input_text is not None, umask=umask)
+    child = start(
+        words,
+        env=env,
+        only_env=only_env,
+        cwd=cwd,
+        log=log,
+        stdout=stdout,
+        stdin_pipe=input_text is not None,
+        umask=umask,
+    )
     if file_limit is not None:
         with suppress(ProcessLookupError):  # it has ended already
             resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -109,6 +123,7 @@ def start(
     argv: Sequence[str | Path],
     *,
     env: Mapping[str, str] | None = None,
+    only_env: bool = False,
     cwd: Path | None = None,
     log: Path | None = None,
     stdout: IO[bytes] | None = None,
@@ -130,7 +145,7 @@ def start(
     try:
         return subprocess.Popen(
             words,
-            env=environment(env),
+            env=environment(env, only=only_env),
             cwd=cwd,
             stdin=subprocess.PIPE if stdin_pipe else subprocess.DEVNULL,
             stdout=sink or stdout or subprocess.PIPE,

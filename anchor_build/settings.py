@@ -11,6 +11,7 @@ from pathlib import Path
 from anchor_build import paramtypes
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.plan import Plan
+from anchor_build.root import HOST, Root
 from anchor_build.stage import Param
 
 SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
@@ -120,16 +121,17 @@ def unknown_parameter(name: str, known: Sequence[str]) -> str:
     return "is not a parameter of these stages" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def read_ca(path: Path | None) -> tuple[bytes, str]:
+def read_ca(path: Path | None, root: Root = HOST) -> tuple[bytes, str]:
     """Return the CA bundle to bake in and a warning, empty when the site named its own.
 
     Raises AnchorError when the file is unreadable, holds no or a broken certificate, or holds a private key.
     """
     if path is None:
-        for bundle in SYSTEM_BUNDLES:
+        for bundle in map(root.at, SYSTEM_BUNDLES):
             if bundle.is_file():
-                return bundle.read_bytes(), "no --ca: nodes trust every public CA that this host trusts"
-        raise AnchorError("no --ca, and this host has no CA bundle of its own", "name the site's CA with --ca FILE")
+                whom = "this host" if root.is_host else "the system there"
+                return bundle.read_bytes(), f"no --ca: nodes trust every public CA that {whom} trusts"
+        raise AnchorError(f"no --ca, and {root.name} has no CA bundle of its own", "name the site's CA with --ca FILE")
     try:
         data = path.read_bytes()
     except OSError as error:

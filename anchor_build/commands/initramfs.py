@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -9,14 +10,43 @@ import click
 from anchor_build.console import Console
 from anchor_build.options import Choice, json_option, set_option, stage_options
 
+DRIVERS_HELP = (
+    "Which drivers beside those of the stages: minimal (virtual machines), network (every wired network card; the"
+    " default, since it needs no knowledge of the nodes), generic (disks and USB as well), or those that a file names:"
+    " `anchor-build drivers --from-host` writes one."
+)
+
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
 @stage_options
+@click.option(
+    "--sysroot",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Build with dracut, kernel and programs of the system in DIR, such as a node's root. Nothing in it changes.",
+)
+@click.option(
+    "--container",
+    metavar="NAME|FILE|DIR",
+    help="Likewise with a container image: of a registry, an OCI archive or directory, or containers-storage:NAME."
+    " Needs buildah.",
+)
 @click.option("--kernel", metavar="RELEASE|FILE", help="The kernel, by release or image. Default: this host's newest.")
 @click.option(
     "--modules",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="The kernel's modules, when they are not in /lib/modules.",
+)
+@click.option(
+    "--copy-kernel/--no-copy-kernel",
+    default=True,
+    help="Whether the kernel is put beside the initramfs as vmlinuz-RELEASE, where it is known. Default: it is.",
+)
+@click.option(
+    "--for-image",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The image that nodes will boot, or its manifest: refuse a kernel whose modules it does not have.",
 )
 @click.option("--ca", type=click.Path(path_type=Path), metavar="FILE", help="The CA bundle (PEM) that nodes trust.")
 @click.option(
@@ -33,6 +63,12 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
     help="Nodes refuse manifests made before: a date (ISO 8601), seconds since the epoch, or a manifest of that time.",
 )
 @set_option("Bake in a parameter's default; KEY=@FILE takes the value from a file. May be repeated.")
+@click.option(
+    "--drivers",
+    default="network",
+    metavar="SET|FILE",
+    help=DRIVERS_HELP,
+)
 @click.option(
     "--add-drivers",
     multiple=True,
@@ -51,26 +87,36 @@ from anchor_build.options import Choice, json_option, set_option, stage_options
     metavar="FILE",
     help="Where to write. Default: initramfs-RELEASE.img here.",
 )
+@click.option(
+    "--no-cache", is_flag=True, help="Run dracut even if nothing has changed since the same build, and keep nothing."
+)
 @json_option
 @click.pass_obj
 def command(
     console: Console,
     choice: Choice,
+    sysroot: Path | None,
+    container: str | None,
     kernel: str | None,
     modules: Path | None,
+    copy_kernel: bool,
+    for_image: Path | None,
     ca: Path | None,
     manifest_keys: tuple[Path, ...],
     manifest_since: str | None,
     settings: tuple[str, ...],
+    drivers: str,
     add_drivers: tuple[str, ...],
     compress: str | None,
     output: Path | None,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Build an initramfs from the chosen stages with this host's dracut, and read it back.
+    """Build an initramfs from the chosen stages, and read it back.
 
-    Nothing is written but the output, a JSON report beside it (FILE.json) and the cache. The same inputs
-    give the same bytes.
+    dracut, the kernel and all programs are this host's, or those of another system: --sysroot, --container. Nothing is
+    written but the output, a JSON report (FILE.json) and the kernel beside it, and the cache. The same inputs give the
+    same bytes.
 
     \b
     Examples:
@@ -78,35 +124,52 @@ def command(
       anchor-build initramfs --image squashfs --set rd.anchor.squashfs.url=https://store/image.squashfs
       anchor-build initramfs --image squashfs --manifest-key manifest.pub --manifest-since node.squashfs.manifest
       anchor-build initramfs --auth acme --image squashfs --add-drivers "mlx5_core ice" -o node.img
+      anchor-build initramfs --image squashfs --sysroot /srv/node-root --for-image node.squashfs
+      anchor-build initramfs --image squashfs --container node.oci.tar --drivers node.drivers
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
-    from anchor_build.kernel import find_kernel
+    from anchor_build.container import opened
+    from anchor_build.drivers import driver_set
+    from anchor_build.kernel import check_image, find_kernel
     from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile
+    from anchor_build.root import HOST, open_root
     from anchor_build.settings import read_ca, read_settings
     from anchor_build.signing import read_public_keys
 
     if manifest_since and not manifest_keys:
         raise click.UsageError("--manifest-since needs --manifest-key: without a key anybody can date a manifest.")
 
+    if sysroot is not None and container is not None:
+        raise click.UsageError("--sysroot and --container exclude each other.")
+
     plan = choice.plan()
-    found = find_kernel(kernel, modules)
-    bundle, warning = read_ca(ca)
-    build = InitramfsBuild(
-        plan=plan,
-        kernel=found,
-        output=output or Path(f"initramfs-{found.release}.img"),
-        ca=bundle,
-        settings=read_settings(plan, settings),
-        manifest_keys=read_public_keys(manifest_keys),
-        manifest_since=read_since(manifest_since) if manifest_since else None,
-        drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
-        compress=compress,
-        inputs=used_profile(),
-        warnings=(warning,) if warning else (),
-        tell=lambda line: console.detail(f"  | {line}"),
-    )
-    report = build_initramfs(build, console.step)
+    with ExitStack() as stack:
+        if container is not None:
+            with console.step("unpack the container image"):
+                root = stack.enter_context(opened(container))
+        else:
+            root = open_root(sysroot) if sysroot is not None else HOST
+        found = find_kernel(kernel, modules, root)
+        warnings = [check_image(found, for_image)] if for_image is not None else []
+        bundle, warning = read_ca(ca, root)
+        build = InitramfsBuild(
+            plan=plan,
+            kernel=found,
+            output=output or Path(f"initramfs-{found.release}.img"),
+            ca=bundle,
+            settings=read_settings(plan, settings),
+            manifest_keys=read_public_keys(manifest_keys),
+            manifest_since=read_since(manifest_since) if manifest_since else None,
+            drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
+            driver_set=driver_set(drivers),
+            copy_kernel=copy_kernel,
+            compress=compress,
+            inputs=used_profile(),
+            warnings=tuple(filter(None, (warning, *warnings))),
+            tell=lambda line: console.detail(f"  | {line}"),
+        )
+        report = build_initramfs(build, console.step, use_cache=not no_cache)
     for text in report["warnings"]:
         console.warn(text)
     if as_json:

@@ -120,7 +120,7 @@ def build_livenet(site: image.SiteImage, output: Path, work: Path) -> None:
 def build_ours(site: image.SiteImage, ca: Path, output: Path, auth: str) -> None:
     """Build with the command that a user runs."""
     argv = [sys.executable, "-m", "anchor_build", "-q", "initramfs", "--auth", auth, "--image", "squashfs"]
-    run([*argv, "--ca", ca, "--kernel", site.kernel, "--modules", site.modules, "-o", output])
+    run([*argv, "--no-cache", "--ca", ca, "--kernel", site.kernel, "--modules", site.modules, "-o", output])
 
 
 def least_memory(contender: Contender, kernel: Path, work: Path, sizes: list[int]) -> int | None:

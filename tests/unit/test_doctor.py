@@ -67,7 +67,7 @@ def test_a_host_without_dracut(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_what_is_a_convenience_is_not_needed(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernel, "MODULE_TREES", (tmp_path,))
-    monkeypatch.setattr(dracut, "NETWORKD", Path("no/networkd"))
+    monkeypatch.setattr(dracut, "NETWORKD", (Path("no/networkd"),))
     findings = examine(plan)
     for what in ("kernel with modules", "systemd-networkd"):
         assert not find(findings, what).ok

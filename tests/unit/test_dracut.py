@@ -101,9 +101,9 @@ def test_our_modules_are_named_and_systemd_only_where_all_of_it_is(base: Path, m
     assert dracut.choose_modules(found, plan) == ours
     for name in dracut.SYSTEMD_MODULES:
         (base / "modules.d" / f"01{name}").mkdir()
-    monkeypatch.setattr(dracut, "NETWORKD", Path("no/such/networkd"))
+    monkeypatch.setattr(dracut, "NETWORKD", (Path("no/such/networkd"),))
     assert dracut.choose_modules(found, plan) == ours
-    monkeypatch.setattr(dracut, "NETWORKD", Path("bin/sh"))
+    monkeypatch.setattr(dracut, "NETWORKD", (Path("bin/sh"),))
     assert dracut.choose_modules(found, plan) == (*dracut.SYSTEMD_MODULES, *ours)
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from anchor_build import readback
+from anchor_build import dracut, readback
 from anchor_build.cpio import Initramfs, Member
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan, make_plan
-from anchor_build.readback import NETWORKD, measure, missing
+from anchor_build.readback import measure, missing
 from anchor_build.registry import load_registry
 from anchor_build.render import HOOKS, NETWORK_FILE, RenderedModule, installed_files, render_plan
 from anchor_build.stage import is_promised
 from tests.conftest import SITE_STAGES
 
 SITE = {"ca.pem": b"a CA", "build-time": b"1\n", "params": b"rd.anchor.local-file.pin=1234\n"}
+NETWORKD = str(dracut.NETWORKD[0]).lstrip("/")
 DEP = "kernel/fs/squashfs/squashfs.ko:\nkernel/net/virtio-net.ko.xz: kernel/net/failover.ko\nkernel/net/failover.ko:\n"
 
 
@@ -157,7 +158,7 @@ def test_which_drivers_are_promised(driver: str, promised: bool) -> None:
 def test_every_byte_has_one_owner(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     members, plan, _, kernel = case
     libraries = {"transport-https": ["/lib/libcurl.so.4"], "auth-local-file": ["/lib/libc.so.6"]}
-    monkeypatch.setattr(readback, "_libraries", lambda stage: libraries.get(stage.id, []))
+    monkeypatch.setattr(readback, "libraries", lambda initramfs, stage: libraries.get(stage.id, []))
     for path, size in (("usr/lib/libcurl.so.4", 700), ("usr/lib/libc.so.6", 900), ("usr/bin/other", 5)):
         members[path] = Member(path, stat.S_IFREG | 0o755, size, b"")
     virtio = "usr/lib/modules/6.1.0/kernel/net/virtio-net.ko.xz"

@@ -1,0 +1,67 @@
+"""What a program says about itself: which processor it is for, and which shared libraries it needs (elf(5))."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+MAGIC = b"\x7fELF"
+# e_machine (elf.h) of the processors that distributions support, as uname names them.
+MACHINES = {3: "i386", 8: "mips", 21: "ppc64", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+MACHINES[258] = "loongarch64"
+PT_LOAD, PT_DYNAMIC = 1, 2
+DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
+
+
+def machine_of(program: Path) -> str:
+    """Return the processor that a program is for, as uname names it; nothing for what is no ELF file."""
+    try:
+        with program.open("rb") as file:
+            head = file.read(20)
+    except OSError:
+        return ""
+    if head[:4] != MAGIC or len(head) < 20:
+        return ""
+    little = head[5] == 1
+    number = int.from_bytes(head[18:20], "little" if little else "big")
+    name = MACHINES.get(number, f"the processor {number} (e_machine)")
+    return "ppc64le" if name == "ppc64" and little else name
+
+
+def needed_libraries(data: bytes) -> list[str]:
+    """Return the names of the shared libraries that a program or library needs itself; none for what is no ELF file."""
+    if data[:4] != MAGIC:
+        return []
+    try:
+        return _needed(data)
+    except (struct.error, ValueError, IndexError):
+        return []  # damaged or strange: it needs nothing that could be found
+
+
+def _needed(data: bytes) -> list[str]:
+    wide, order = data[4] == 2, "<" if data[5] == 1 else ">"
+    offset = struct.unpack_from(order + ("Q" if wide else "I"), data, 32 if wide else 28)[0]
+    size, count = struct.unpack_from(order + "HH", data, 54 if wide else 42)
+    loads, dynamic = [], (0, 0)
+    for n in range(count):
+        # p_type, then p_offset, p_vaddr, p_filesz: their places differ between the two classes
+        place = offset + n * size
+        kind = struct.unpack_from(order + "I", data, place)[0]
+        if wide:
+            start, address, length = struct.unpack_from(order + "QQ8xQ", data, place + 8)
+        else:
+            start, address, length = struct.unpack_from(order + "II4xI", data, place + 4)
+        if kind == PT_LOAD:
+            loads.append((address, start, length))
+        elif kind == PT_DYNAMIC:
+            dynamic = (start, length)
+    entry = struct.Struct(order + ("qQ" if wide else "iI"))
+    names, strings = [], 0
+    for tag, value in entry.iter_unpack(data[dynamic[0] : dynamic[0] + dynamic[1] // entry.size * entry.size]):
+        if tag == DT_NULL:
+            break
+        if tag == DT_NEEDED:
+            names.append(value)
+        elif tag == DT_STRTAB:
+            strings = next(start + value - address for address, start, length in loads if 0 <= value - address < length)
+    return [data[strings + name : data.index(b"\0", strings + name)].decode("utf-8", "replace") for name in names]

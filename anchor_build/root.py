@@ -1,0 +1,211 @@
+"""The system that a build takes dracut, kernel and programs from: this host, or a directory with another one.
+
+In another one dracut runs in mount, process and IPC namespaces of its own, with everything in the directory read-only.
+Namespaces end with their last process, and the kernel ends all of these with the first: so nothing is left mounted or
+running whatever ends a build, even SIGKILL. See unshare(1), pid_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_build.elf import machine_of
+from anchor_build.errors import AnchorError
+from anchor_build.run import SYSTEM_PATH, which
+
+# dracut.sh sets its PATH to this (DRACUT_PATH): what lies in /usr/local is not found.
+PROGRAM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# All that dracut gets of our environment: it and its modules take settings from there.
+ENVIRONMENT = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
+# Where the work directory of a build is seen inside.
+WORK = Path("/tmp/anchor-build")  # noqa: S108 - a tmpfs of its own
+WRITABLE = ("run", "tmp", "var/tmp")
+TOOLS = ("unshare", "setpriv", "mount", "chroot")
+MAX_LINKS = 40
+# Which programs of another processor each of them runs as well.
+ALSO_RUNS = {"x86_64": {"i386"}}
+
+# $1 the root, $2 the work directory, $3 how many mounts below the root, their paths, how many mount points for what
+# is written, their paths; then the command. What is mounted belongs to these namespaces and goes with them.
+ENTER = """
+set -e
+root=$1 work=$2 inside=$2/root
+shift 2
+show() {
+    mount --bind "$root$1" "$inside$1"
+    mount -o remount,bind,ro "$inside$1"
+}
+show ''
+n=$1
+shift
+while [ "$n" -gt 0 ]; do
+    show "$1"
+    shift
+    n=$((n - 1))
+done
+mount -t proc proc "$inside/proc"
+mount -t sysfs -o ro sysfs "$inside/sys"
+mount -t tmpfs -o mode=755 tmpfs "$inside/dev"
+for name in null zero full random urandom; do
+    : >"$inside/dev/$name"
+    mount --bind "/dev/$name" "$inside/dev/$name"
+done
+ln -s /proc/self/fd "$inside/dev/fd"
+ln -s fd/0 "$inside/dev/stdin"
+ln -s fd/1 "$inside/dev/stdout"
+ln -s fd/2 "$inside/dev/stderr"
+mkdir "$inside/dev/shm"
+n=$1
+shift
+while [ "$n" -gt 0 ]; do
+    mount -t tmpfs -o mode=1777 tmpfs "$inside$1"
+    shift
+    n=$((n - 1))
+done
+mkdir "$inside/tmp/anchor-build"
+mount --bind "$work" "$inside/tmp/anchor-build"
+# The first process of the namespace stays: it ends with the command, and everything else with it.
+chroot "$inside" /bin/sh -c 'cd /tmp/anchor-build && exec "$@"' sh "$@" && exit
+exit $?
+"""
+
+
+@dataclass(frozen=True)
+class Root:
+    """The system below a directory, which is absolute and has no symbolic link in it; `/` is this host.
+
+    `label` is what a user calls it. An `identity` stands for all that is in it, and never changes.
+    """
+
+    directory: Path = Path("/")
+    label: str = ""
+    identity: str = ""
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is this host itself."""
+        return self.directory == Path("/")
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return "this host" if self.is_host else self.label or str(self.directory)
+
+    def at(self, path: Path | str) -> Path:
+        """Return where a path of this system is on the host; symbolic links are followed inside of it.
+
+        A path that leads in a circle is returned as it is.
+        """
+        if self.is_host:
+            return Path("/", path)
+        done: list[str] = []
+        todo = [part for part in str(path).split("/") if part]
+        links = 0
+        while todo:
+            part = todo.pop(0)
+            if part == "..":
+                done[-1:] = []
+                continue
+            here = self.directory.joinpath(*done, part)
+            try:
+                target = str(here.readlink())
+            except OSError:
+                done.append(part)
+                continue
+            links += 1
+            if links > MAX_LINKS:
+                return self.directory / str(path).lstrip("/")
+            if target.startswith("/"):
+                done = []
+            todo = [name for name in target.split("/") if name not in ("", ".")] + todo
+        return self.directory.joinpath(*done)
+
+    def inside(self, path: Path) -> Path:
+        """Return the path in this system of what is at `path` on the host, below its directory."""
+        return path if self.is_host else Path("/") / path.relative_to(self.directory)
+
+    def find_program(self, name: str) -> Path | None:
+        """Return where on the host a program of this system is, found where dracut looks for it."""
+        if self.is_host:
+            found = shutil.which(name, path=PROGRAM_PATH)
+            return Path(found) if found else None
+        for directory in PROGRAM_PATH.split(":"):
+            path = self.at(f"{directory}/{name}")
+            if path.is_file() and os.access(path, os.X_OK):
+                return path
+        return None
+
+
+HOST = Root()
+
+
+def open_root(directory: Path, label: str = "", identity: str = "") -> Root:
+    """Return the system below `directory`; raises AnchorError when nothing of it could run here."""
+    what = label or f"--sysroot {directory}"
+    try:
+        path = directory.resolve(strict=True)
+        if not path.is_dir():
+            raise NotADirectoryError(20, os.strerror(20))
+    except OSError as error:
+        raise AnchorError(f"{what}: {error.strerror}") from None
+    root = Root(path, label, identity)
+    if root.is_host:
+        return root
+    problems = [f"{name} is missing: install util-linux or coreutils" for name in TOOLS if which(name) is None]
+    if os.geteuid() != 0:
+        problems.append("only root can enter another system: run it as root")
+    if problems:
+        raise AnchorError("\n".join(problems))
+    shell = root.at("/bin/sh")
+    if not shell.is_file() or not os.access(shell, os.X_OK):
+        raise AnchorError(
+            f"{what}: has no /bin/sh: nothing can run in it",
+            "name the top directory of an installed system, the one that holds usr and etc",
+        )
+    theirs, ours = machine_of(shell), machine_of(Path("/proc/self/exe")) or platform.machine()
+    if theirs and theirs != ours and theirs not in ALSO_RUNS.get(ours, ()):
+        raise AnchorError(
+            f"{what}: is a system for {theirs}, and this host is {ours}: its programs cannot run here",
+            f"build it on a host with that processor, {theirs}",
+        )
+    for name in ("proc", "sys", "dev", "run", "tmp"):
+        if not root.at(name).is_dir():
+            raise AnchorError(f"{what}: has no directory /{name}, which dracut needs", "make it, empty")
+    return root
+
+
+def enter(root: Root, work: Path, argv: Sequence[str | Path]) -> list[str]:
+    """Return the command that runs `argv` in a system, in `work`, which is seen as WORK there.
+
+    `work` is absolute and gets a directory `root`, which stays empty.
+    """
+    if root.is_host:
+        return [str(word) for word in argv]
+    (work / "root").mkdir(exist_ok=True)
+    places = {root.inside(path) for name in WRITABLE if (path := root.at(name)).is_dir()}
+    mounted = _mounts_below(root.directory)
+    hidden = {Path("/", name) for name in ("proc", "sys", "dev")} | places
+    shown = [place for place in mounted if not any(place.is_relative_to(top) for top in hidden)]
+    words = [root.directory, work, len(shown), *shown, len(places), *sorted(places), *argv]
+    # If this process is killed, the kernel kills unshare (setpriv), and that kills the first process inside.
+    return [
+        *("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "private"),
+        *("--pid", "--fork", "--kill-child=KILL", "--ipc", "sh", "-c", ENTER, "sh", *map(str, words)),
+    ]
+
+
+def _mounts_below(directory: Path) -> list[Path]:
+    """Return what is mounted below a directory, as paths in it, outer mounts first (proc_pid_mountinfo(5))."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        text = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split(" ")[4])
+        place = Path(text)
+        if place != directory and place.is_relative_to(directory) and place.is_dir():
+            found.append(Path("/") / place.relative_to(directory))
+    return sorted(set(found), key=lambda path: len(path.parts))

@@ -49,6 +49,8 @@ class Machine:
     """A node to boot. `memory` is a number with M or G; `rtc` the clock's start, such as 1970-01-01.
 
     The texts of `oem_files` become SMBIOS OEM strings (type 11), which may be secret: arguments are not.
+    `firmware` is UEFI's code and its variables, such as OVMF's two files, of which the second one is written;
+    without it, the machine has QEMU's own BIOS.
     """
 
     kernel: Path
@@ -62,6 +64,7 @@ class Machine:
     mac: str = ""
     rtc: str = ""
     oem_files: tuple[Path, ...] = ()
+    firmware: tuple[Path, Path] | None = None
 
 
 # --- The machine as arguments -----------------------------------------------------------------------------
@@ -81,7 +84,9 @@ def parse_forward(text: str) -> Forward:
 def check_machine(machine: Machine) -> None:
     """Raise UsageError that names everything QEMU or the kernel would misunderstand."""
     problems = [
-        f"{path}: no such file" for path in (machine.kernel, machine.initrd, *machine.oem_files) if not path.is_file()
+        f"{path}: no such file"
+        for path in (machine.kernel, machine.initrd, *machine.oem_files, *(machine.firmware or ()))
+        if not path.is_file()
     ]
     shapes = (
         ("memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
@@ -131,6 +136,8 @@ def arguments(machine: Machine, directory: Path, console: Path) -> list[str]:
         argv += ["-chardev", f"file,id={name},path={_value(path)}", "-serial", f"chardev:{name}"]
     argv += ["-device", "virtio-rng-pci", "-netdev", ",".join(network), "-device", card]
     argv += ["-rtc", f"base={machine.rtc}"] if machine.rtc else []
+    for path, access in zip(machine.firmware or (), ("on", "off"), strict=False):
+        argv += ["-drive", f"if=pflash,format=raw,readonly={access},file={_value(path)}"]
     for file in machine.oem_files:
         argv += ["-smbios", f"type=11,path={_value(file)}"]
     return [*argv, "-pidfile", str(directory / "qemu.pid")]

@@ -157,7 +157,8 @@ anchor_boot_steps() {
     anchor_step clock '' anchor_clock_run || return 1
     anchor_post_start
     anchor_boot_auth_kept || anchor_step auth "auth/$anchor_auth" anchor_boot_auth || return 1
-    if [ -n "${anchor_manifest:-}" ]; then
+    # Its URL may hold a password, and this shell may be traced.
+    if [ -n "${anchor_manifest:+1}" ]; then
         anchor_step manifest '' anchor_boot_manifest && anchor_manifest_use || return 1
     fi
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
@@ -196,9 +197,7 @@ anchor_step() {
 # usage: anchor_boot_manifest
 # The manifest's step: like an image, it may come over any transport.
 anchor_boot_manifest() {
-    # rd.debug traces every command with its values, and a URL may hold a password.
-    { set +x; } 2>/dev/null
-    anchor_boot_transports && anchor_manifest_run
+    anchor_boot_transports && anchor_untraced anchor_manifest_run
 }
 
 # usage: anchor_boot_transports
@@ -263,44 +262,13 @@ anchor_boot_link() {
 
 # usage: anchor_boot_auth_kept
 # Whether an earlier try of this boot left a certificate that is still good: a CA counts its orders. It is not where the
-# stage is another one, a server refused it, it ends within 5 minutes, or this shell cannot tell when it ends.
+# stage is another one, a server refused it, or it ends within 5 minutes.
 anchor_boot_auth_kept() {
-    local until now
     anchor_recall "$ANCHOR_RUN/credentials.from"
     [ "$anchor_recall" = "$anchor_auth" ] && [ ! -e "$ANCHOR_REJECTED" ] &&
         [ -s "$ANCHOR_RUN/credentials/client.crt" ] && [ -s "$ANCHOR_RUN/credentials/client.key" ] || return 1
-    until=$(anchor_boot_not_after "$ANCHOR_RUN/credentials/client.crt") &&
-        now=$(date -u -d "@$(($(date +%s) + 300))" +%y%m%d%H%M%S) && [ "$now" -lt "$until" ] || return 1
+    openssl x509 -in "$ANCHOR_RUN/credentials/client.crt" -noout -checkend 300 >/dev/null 2>&1 </dev/null || return 1
     anchor_info "auth (${anchor_auth}): the certificate of this boot is still good"
-}
-
-# usage: anchor_boot_not_after FILE
-# Prints the end of the validity of the first certificate in a PEM file, as YYMMDDhhmmss. In DER both ends stand side by
-# side as UTCTime (RFC 5280, 4.1.2.5: until 2049), which is tag 17, length 0d and digits. Status 1 where they do not.
-anchor_boot_not_after() {
-    local line body='' bytes
-    while IFS= read -r line; do
-        case $line in
-            *BEGIN*) ;;
-            *END*) break ;;
-            *) body="$body$line" ;;
-        esac
-    done <"$1"
-    bytes=$(printf '%s' "$body" | base64 -d 2>/dev/null | od -An -v -tx1 -w8192)
-    case $bytes in
-        *" 30 1e 17 0d 3"*" 5a 17 0d 3"*) bytes=${bytes#*" 30 1e 17 0d "} ;;
-        *) return 1 ;;
-    esac
-    bytes=${bytes#*" 5a 17 0d "}
-    line=
-    for bytes in ${bytes%%" 5a"*}; do
-        # The second figure of an ASCII digit's code is that digit.
-        line=$line${bytes#3}
-    done
-    case $line in
-        ????????????) printf '%s' "$line" ;;
-        *) return 1 ;;
-    esac
 }
 
 # usage: anchor_boot_failed STEP STAGE ERROR HINT

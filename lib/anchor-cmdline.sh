@@ -113,10 +113,13 @@ anchor_cmdline__file() {
 # baked in at build time, then the files and the kernel command line that dracut reads. A quote left open and a
 # word -- end with their line. Sets $anchor_cmdline_source to the file. Status 1 if a file could not be read.
 anchor_cmdline_each() {
-    local LC_ALL=C root="${ANCHOR_ROOT:-}" callback="$1" file status=0 traced=''
-    # rd.debug traces every command with its values, and baked-in secrets are among them.
-    case $- in *x*) traced=1 ;; esac
-    { set +x; } 2>/dev/null
+    anchor_untraced anchor_cmdline__each "$1"
+}
+
+# usage: anchor_cmdline__each CALLBACK
+# The same, traced.
+anchor_cmdline__each() {
+    local LC_ALL=C root="${ANCHOR_ROOT:-}" callback="$1" file status=0
     anchor_cmdline__file "$root/etc/anchor/params" anchor_cmdline__parameter "$callback" || status=1
     case $- in
         *f*)
@@ -129,6 +132,5 @@ anchor_cmdline_each() {
     for file in "$@" "$root/etc/cmdline" "$root/proc/cmdline"; do
         anchor_cmdline__file "$file" anchor_cmdline_split "$callback" || status=1
     done
-    [ -z "$traced" ] || set -x
     return "$status"
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What auth stages do with a certificate and a key that somebody else made: see that each file is whole, that the two
-# belong together, and put both where the transports look for them. A stage that names this library in `libs` needs the
-# binary openssl: nothing else in an initramfs compares a key with a certificate before the first connection.
+# belong together, and put both where the transports look for them. openssl, which every initramfs has, compares the two
+# before the first connection does.
 #
 # What is wrong is left in anchor_credentials_error and anchor_credentials_hint instead of being said at once, because
 # files that are still being copied are wrong for a while: the caller passes both to anchor_fail when it gives up.
@@ -9,9 +9,28 @@
 # 20 certificates of 4096-bit RSA keys are half of this.
 ANCHOR_CREDENTIALS_MAX=102400
 
+# usage: anchor_credentials_place PATH
+# Sets anchor_credentials_name to the name among the credentials of a file that is meant for PATH. Status 1, with an empty
+# name, for any other place: Anchor 0.1.5 wrote to all, which lets the command line, or whoever answers for a server,
+# replace the CA, the manifest's key or a program.
+anchor_credentials_place() {
+    anchor_credentials_name=
+    case $1 in
+        /client.cert | /client.crt | /run/anchor/credentials/client.cert) anchor_credentials_name=client.crt ;;
+        /client.key) anchor_credentials_name=client.key ;;
+        /run/anchor/credentials/*)
+            case ${1#/run/anchor/credentials/} in
+                '' | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) return 1 ;;
+            esac
+            anchor_credentials_name=${1#/run/anchor/credentials/}
+            ;;
+        *) return 1 ;;
+    esac
+}
+
 # usage: anchor_credentials_whole FILE KIND
-# Whether FILE is a complete PEM file of KIND: cert (certificates only), key (one private key that needs no password) or
-# any (whatever it holds; without a PEM line at all nothing but an empty file is refused). Text may stand before a block,
+# Whether FILE is a complete PEM file of KIND: cert (certificates only), key (one private key that needs no password), pem
+# (any blocks) or any (whatever it holds; without a PEM line at all nothing but an empty file is refused). Text may stand before a block,
 # but nothing may follow the last one: that is what is left of a longer file when a shorter one is written over it.
 # Status 1 with anchor_credentials_error otherwise.
 anchor_credentials_whole() {
@@ -52,7 +71,7 @@ anchor_credentials_pair() {
     [ -z "$anchor_credentials_error" ] && return 0
     command -v openssl >/dev/null || {
         anchor_credentials_error="a certificate and its key cannot be compared: openssl is not in the initramfs"
-        anchor_credentials_hint="the stage that brought them has to name openssl among its binaries"
+        anchor_credentials_hint="build it anew: every initramfs has openssl"
     }
     return 1
 }
@@ -133,7 +152,7 @@ anchor_credentials__line() {
 # usage: anchor_credentials__locked
 # An encrypted key: nobody is there to type its password. Status 1 where a key is wanted.
 anchor_credentials__locked() {
-    [ "$kind" = any ] && return 0
+    case $kind in any | pem) return 0 ;; esac
     anchor_credentials_hint="put the key there without a password: openssl pkey -in KEY -out PLAIN-KEY"
     anchor_credentials__wrong "$file" "is encrypted, and nobody is there to give its password"
 }
@@ -150,6 +169,10 @@ anchor_credentials__judge() {
     else
         case $kind:$((cert > 0)):$key in
             cert:1:0 | key:0:1 | any:*) return 0 ;;
+            pem:*)
+                [ $((cert + key + other)) -eq 0 ] || return 0
+                anchor_credentials__wrong "$file" "holds no PEM block"
+                ;;
             cert:*:0) anchor_credentials__wrong "$file" "holds no certificate" ;;
             cert:*) anchor_credentials__wrong "$file" "holds a private key, which does not belong beside a certificate" ;;
             key:*:0) anchor_credentials__wrong "$file" "holds no private key" ;;

@@ -91,7 +91,7 @@ anchor_fetch_place() {
             2) ;;
             *) return 1 ;;
         esac
-        if [ "$round" -ge "$anchor_fetch_attempts" ] || ! anchor_fetch__pause "$round" "$round" "${anchor_fetch_retry_after:-0}" "$anchor_fetch_error"; then
+        if ! anchor_fetch__again "$round" "${anchor_fetch_retry_after:-0}" "$anchor_fetch_error"; then
             anchor_fetch__took
             anchor_fail "gave up on $anchor_fetch_url after attempt $round of $anchor_fetch_attempts and \
 $anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
@@ -467,7 +467,7 @@ anchor_fetch__next_round() {
     done
     [ "${asked:-0}" -ge 0 ] || asked=0
     anchor_fetch__tell "$n"
-    if [ "$round" -lt "$anchor_fetch_attempts" ] && anchor_fetch__pause "$idle" "$round" "${asked:-0}" "$anchor_fetch_told"; then
+    if anchor_fetch__again "$idle" "${asked:-0}" "$anchor_fetch_told"; then
         round=$((round + 1))
         return 0
     fi
@@ -528,22 +528,30 @@ anchor_fetch__budget() {
     anchor_fetch_room="the file should have $anchor_fetch_amount"
 }
 
-# usage: anchor_fetch__pause IDLE ATTEMPT ASKED WHY
+# usage: anchor_fetch__again IDLE ASKED WHY
+# Whether there is another round after round; waits for it as anchor_fetch_pause does.
+anchor_fetch__again() {
+    [ "$round" -lt "$anchor_fetch_attempts" ] && anchor_fetch_pause "$1" "$2" "$deadline" \
+        "fetching ${anchor_fetch_url##*/}: attempt $round of $anchor_fetch_attempts: $3"
+}
+
+# usage: anchor_fetch_pause IDLE ASKED DEADLINE WHY
 # Waits as long as the server ASKED for (seconds), and then a random part of a window. It doubles with each attempt that
 # brought nothing, IDLE of them, and is no smaller than ASKED, because all nodes may have been asked for the same. But
-# never more than half of the time left: another attempt has to fit in. Status 1 if there is no time left.
-anchor_fetch__pause() {
+# never more than half of the time until DEADLINE (uptime in ms): another attempt has to fit in. Status 1 if there is no
+# time left. For whoever asks a server again, with or without anchor_fetch.
+anchor_fetch_pause() {
     local window=60 wait left random
     [ "$1" -gt 6 ] || window=$((1 << ($1 - 1)))
-    [ "$3" -le "$window" ] || window=$3
+    [ "$2" -le "$window" ] || window=$2
     random=$(od -An -N4 -tu4 /dev/urandom) || random=0
-    wait=$(($3 * 1000 + random % (window * 1000 + 1)))
+    wait=$(($2 * 1000 + random % (window * 1000 + 1)))
     anchor_uptime_ms
-    left=$((deadline - anchor_uptime_ms))
+    left=$(($3 - anchor_uptime_ms))
     [ "$left" -gt 100 ] || return 1
     [ "$wait" -le $((left / 2)) ] || wait=$((left / 2))
     wait=$((wait / 1000)).$((wait % 1000 / 100))
-    anchor_warn "fetching ${anchor_fetch_url##*/}: attempt $2 of $anchor_fetch_attempts: $4; next in $wait s"
+    anchor_warn "$4; next in $wait s"
     sleep "$wait"
 }
 

@@ -362,7 +362,10 @@ anchor_http__broken() {
             anchor_http__again "the transfer from $host broke: $text"
             ;;
         51:* | 60:*) anchor_http__untrusted ;;
-        58:*) anchor_fail "the client certificate cannot be used: $text" "see the auth step, and $credentials" ;;
+        58:*)
+            anchor_reject_credentials
+            anchor_fail "the client certificate cannot be used: $text" "see the auth step, and $credentials"
+            ;;
         77:*) anchor_fail "the CA file cannot be used: $text" "build the initramfs with the site's CA (/etc/anchor/ca.pem)" ;;
         47:*) anchor_fail "$anchor_fetch_url redirects more than $ANCHOR_HTTP_REDIRECTS times" "check the URL" ;;
         1:*) anchor_fail "$anchor_fetch_url redirects to a protocol that is not allowed: $text" "https:// may lead to https:// only" ;;
@@ -415,36 +418,22 @@ anchor_http__identity() {
 }
 
 # usage: anchor_http__subject
-# Sets anchor_http_subject: the common name in client.crt, else its first DNS name, else nothing. Both are found by
-# the bytes before them in DER: the validity (two UTCTime) and the attribute's type, or the subjectAltName extension.
+# Sets anchor_http_subject: the common name in client.crt, else its first other name, else nothing.
 anchor_http__subject() {
-    local line body='' bytes name='' left text=''
+    local line
+    anchor_http_subject=
     while IFS= read -r line; do
         case $line in
-            *BEGIN*) ;;
-            *END*) break ;;
-            *) body="$body$line" ;;
+            *commonName*" = "*)
+                anchor_http_subject=${line#*" = "}
+                return 0
+                ;;
+            *DNS:* | *"IP Address:"*)
+                anchor_http_subject=${line#*:}
+                anchor_http_subject=${anchor_http_subject%%,*}
+                ;;
         esac
-    done <"$credentials/client.crt"
-    bytes=$(printf '%s' "$body" | base64 -d 2>/dev/null | od -An -v -tx1 -w4096)
-    case $bytes in
-        *" 30 1e 17 0d "*" 06 03 55 04 03 "*)
-            name=${bytes#*" 30 1e 17 0d "}
-            name=${name#*" 06 03 55 04 03 "}
-            ;;
-        *" 06 03 55 1d 11 04 "*" 82 "*)
-            name=${bytes#*" 06 03 55 1d 11 04 "}
-            name="82 ${name#*" 82 "}"
-            ;;
-    esac
-    # Tag, length (one byte, because names are short), text.
-    # shellcheck disable=SC2086 # these are hexadecimal numbers, to be split
-    set -- $name
-    left=$((0x${2:-0}))
-    while [ "$left" -gt 0 ] && [ $# -gt 2 ]; do
-        text="$text\\0$((0x$3 / 64))$((0x$3 / 8 % 8))$((0x$3 % 8))"
-        left=$((left - 1))
-        shift
-    done
-    anchor_http_subject=$(printf '%b' "$text")
+    done <<END
+$(openssl x509 -in "$credentials/client.crt" -noout -ext subjectAltName -subject -nameopt multiline 2>/dev/null </dev/null)
+END
 }

@@ -78,9 +78,13 @@ anchor_manifest_run() {
 #   anchor_manifest_size      its size in bytes
 # Status 1, with a report, if this initramfs cannot boot it.
 anchor_manifest_use() {
+    anchor_untraced anchor_manifest__use
+}
+
+# usage: anchor_manifest__use
+# The same, traced: a URL may hold a password.
+anchor_manifest__use() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/manifest" wanted="$anchor_image" url
-    # rd.debug traces every command with its values, and a URL may hold a password.
-    { set +x; } 2>/dev/null
     anchor_manifest_parse "$dir/current" || return 1
     if [ -n "$anchor_manifest_file" ]; then
         while IFS= read -r url; do
@@ -111,6 +115,7 @@ anchor_manifest_use() {
 # usage: anchor_manifest__try URL DIR URLS
 # Fetches and judges one manifest; with several URLS one failure is not the step's. Leaves DIR/body.
 anchor_manifest__try() {
+    local url
     (
         if [ "$3" -gt 1 ]; then
             anchor_step_dir=$2
@@ -123,7 +128,13 @@ anchor_manifest__try() {
         anchor_fetch "$1" "$2/manifest" || exit 1
         anchor_fetch_plain "$1"
         anchor_manifest_judge "$2/manifest" "$anchor_fetch_url" || exit 1
-        printf '%s\n' "${1%%[?#]*}" >"$2/url"
+        url=${1%%[?#]*}
+        # Without a path, the last / is one of those before the host.
+        case ${url#*://} in
+            */*) ;;
+            *) url=$url/ ;;
+        esac
+        printf '%s\n' "$url" >"$2/url"
         sha256sum <"$2/body" >"$2/digest"
     )
 }
@@ -359,10 +370,15 @@ anchor_manifest__keep() {
         anchor_fail "cannot write to $dir" "is /run full?"
         return 1
     fi
-    if [ -e "$best/note-key" ]; then
-        anchor_recall "$best/note-key"
-        anchor_note key "$anchor_recall"
-    fi
+    # Of several manifests each had a record of its own; this one is the step's.
+    for file in "$best"/note-* "$best"/number-*; do
+        anchor_recall "$file"
+        case $file in
+            */note-\* | */number-\*) ;;
+            */note-*) anchor_note "${file##*/note-}" "$anchor_recall" ;;
+            *) anchor_note_number "${file##*/number-}" "$anchor_recall" ;;
+        esac
+    done
     anchor_manifest__date "$anchor_manifest_created"
     anchor_note created "$anchor_manifest_date"
     anchor_note image_sha256 "$anchor_manifest_sha256"

@@ -2,7 +2,8 @@
 # Mounting an NFS export for a moment, for the stages that read files from one: read-only, without rpc.statd (NFS 4 has
 # no need of it, and NFS 3 is mounted without locks), with time limits on everything, and unmounted on every way out.
 # Who mounts calls anchor_nfs_umount; a trap on EXIT is the place for it. A stage that names this library in `libs` needs
-# the binaries mount.nfs, mount.nfs4, timeout, dd and readlink.
+# the binaries mount.nfs, mount.nfs4, timeout, dd and readlink. Needs anchor-report.sh, anchor-fetch.sh and
+# anchor-mounts.sh.
 #
 # What went wrong is left in anchor_nfs_error and anchor_nfs_hint, and anchor_nfs_final is 1 where trying again is no
 # use: the caller decides whether it does.
@@ -134,17 +135,17 @@ anchor_nfs_mount() {
 anchor_nfs_umount() {
     local flags tries
     for flags in -ic -icfl; do
-        anchor_nfs__mounted || return 0
+        anchor_mounted "$ANCHOR_NFS_DIR" || return 0
         # No helper (-i): that of NFS 3 would ask the dead server once more. No look at the mount point (-c) either.
         umount "$flags" "$ANCHOR_NFS_DIR" >/dev/null 2>&1 </dev/null &
         tries=30
-        while anchor_nfs__mounted && [ "$tries" -gt 0 ]; do
+        while anchor_mounted "$ANCHOR_NFS_DIR" && [ "$tries" -gt 0 ]; do
             sleep 0.1
             tries=$((tries - 1))
             kill -0 "$!" 2>/dev/null || break
         done
     done
-    ! anchor_nfs__mounted
+    ! anchor_mounted "$ANCHOR_NFS_DIR"
 }
 
 # usage: anchor_nfs_file NAME
@@ -182,19 +183,22 @@ anchor_nfs_file() {
 # and a pipe is not waited for. Status 1 with the reason.
 anchor_nfs_copy() {
     local error='' status copy guard messages="$ANCHOR_NFS_DIR.messages"
-    rm -f "$messages"
+    rm -f "$messages" "$messages.end" "$messages.guarded"
     # In small blocks: the guard sees only whole ones, and takes a slow copy in large ones for a silent one.
     LC_ALL=C timeout -k 2 "$4" dd if="$anchor_nfs_file" of="$1" bs=16K skip="$2" count="$3" conv=notrunc \
         iflag=nofollow,nonblock,fullblock,skip_bytes,count_bytes oflag=append status=none 2>"$messages" </dev/null &
     copy=$!
-    anchor_nfs__guard "$copy" "$1" "$5" >/dev/null 2>&1 </dev/null &
+    anchor_nfs__guard "$copy" "$1" "$5" "$messages" >/dev/null 2>&1 </dev/null &
     guard=$!
     wait "$copy"
     status=$?
-    kill "$guard" 2>/dev/null
+    # In bash, a process that was forked this moment still has the traps of this shell, which unmount and remove: a signal
+    # that comes so early would set them off. A guard that has none of its own yet finds the file.
+    : >"$messages.end"
+    [ ! -e "$messages.guarded" ] || kill "$guard" 2>/dev/null
     wait "$guard" 2>/dev/null
     [ ! -s "$messages" ] || IFS= read -r error <"$messages"
-    rm -f "$messages"
+    rm -f "$messages" "$messages.end" "$messages.guarded"
     anchor_nfs_final=0
     anchor_nfs_hint="check the network between this node and the NFS server"
     error=${error#dd: }
@@ -215,15 +219,20 @@ anchor_nfs_copy() {
     return 1
 }
 
-# usage: anchor_nfs__guard PID FILE SECONDS
+# usage: anchor_nfs__guard PID FILE SECONDS NAME
 # Ends the copy PID when FILE has not grown by 1 KiB for each of SECONDS. timeout(1) passes the signal on, and kills what
-# the kernel does not let end otherwise.
+# the kernel does not let end otherwise. SIGTERM ends the guard once NAME.guarded is there, and NAME.end before that.
 anchor_nfs__guard() {
     local before
+    # Its own last child is what it waits for; before there is one, $! is the copy, which is over then. A shell that was
+    # forked this moment, to become sleep, would swallow SIGTERM.
+    trap 'kill -KILL "$!"; exit 143' TERM
+    : >"$4.guarded"
     anchor_fetch_size "$2"
-    while kill -0 "$1"; do
+    while [ ! -e "$4.end" ] && kill -0 "$1"; do
         before=$anchor_fetch_size
-        sleep "$3"
+        sleep "$3" &
+        wait "$!"
         anchor_fetch_size "$2"
         [ $((anchor_fetch_size - before)) -ge $(($3 * 1024)) ] || kill "$1"
     done
@@ -238,16 +247,6 @@ anchor_nfs__databases() {
             'tcp6 tpi_cots_ord v inet6 tcp' >"$etc/netconfig"
     [ -e "$etc/protocols" ] || printf '%s\n' 'tcp 6 TCP' 'udp 17 UDP' >"$etc/protocols"
 } 2>/dev/null
-
-# usage: anchor_nfs__mounted
-# Whether something is mounted on ANCHOR_NFS_DIR, a path without blanks.
-anchor_nfs__mounted() {
-    local device dir rest
-    while read -r device dir rest; do
-        [ "$dir" != "$ANCHOR_NFS_DIR" ] || return 0
-    done </proc/self/mounts
-    return 1
-}
 
 # usage: anchor_nfs__number TEXT MIN MAX
 # Whether TEXT is a whole number from MIN to MAX without leading zeros.

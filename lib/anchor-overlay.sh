@@ -1,7 +1,7 @@
 #!/bin/sh
 # Give the node a root to write to: a tmpfs of a fixed size, and overlayfs on top of the read-only image.
 #
-# Needs anchor-report.sh. What it mounts is for the booted system: /run/anchor travels through switch_root, and nothing
+# Needs anchor-report.sh and anchor-mounts.sh. What it mounts is for the booted system: /run/anchor travels through switch_root, and nothing
 # is unmounted after success. overlayfs copies files up when they are written; nothing is copied beforehand.
 # shellcheck disable=SC2154 # anchor_overlay_write and anchor_overlay_size are parameters
 
@@ -11,7 +11,7 @@
 # Safe to repeat. On failure it takes back what it mounted and returns 1.
 anchor_overlay_run() {
     local lower="$1" newroot="$2" base="${ANCHOR_ROOT:-}/run/anchor/overlay"
-    if anchor_overlay__mounted "$newroot"; then
+    if anchor_mounted "$newroot"; then
         [ -e "$base/complete" ] && return 0
         anchor_fail "something else is mounted on $newroot" "leave mounting the root to root=anchor"
         return 1
@@ -30,23 +30,12 @@ anchor_overlay_run() {
     return 1
 }
 
-# usage: anchor_overlay__mounted DIR
-# Whether something is mounted on DIR, a path without blanks or backslashes (the kernel writes those as octal numbers).
-# The kernel's table has no copy below ANCHOR_ROOT.
-anchor_overlay__mounted() {
-    local device dir rest
-    while read -r device dir rest; do
-        [ "$dir" != "$1" ] || return 0
-    done </proc/self/mounts
-    return 1
-}
-
 # usage: anchor_overlay__undo BASE NEWROOT
 anchor_overlay__undo() {
-    if anchor_overlay__mounted "$2"; then
+    if anchor_mounted "$2"; then
         umount -R "$2" || umount -l "$2"
     fi
-    if anchor_overlay__mounted "$1"; then
+    if anchor_mounted "$1"; then
         umount "$1" || umount -l "$1"
     fi
 }

@@ -23,10 +23,13 @@ anchor_params_load() {
 # Reads, checks and chooses. Status 1 when anything is wrong; then everything wrong has been said and
 # anchor_params_error sums it up.
 anchor_params_parse() {
-    local stage traced=''
-    # rd.debug traces every command with its values, and baked-in secrets are among them.
-    case $- in *x*) traced=1 ;; esac
-    { set +x; } 2>/dev/null
+    anchor_untraced anchor_params__parse
+}
+
+# usage: anchor_params__parse
+# The same, traced.
+anchor_params__parse() {
+    local stage
     anchor_params_bad=0
     anchor_params_error=
     for stage in $anchor_stages; do
@@ -39,7 +42,6 @@ anchor_params_parse() {
     done
     anchor_params_choose auth "${anchor_auth:-}" && anchor_auth=$anchor_chosen
     anchor_params_image
-    [ -z "$traced" ] || set -x
     [ "$anchor_params_bad" -eq 0 ]
 }
 

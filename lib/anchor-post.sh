@@ -20,17 +20,19 @@ ANCHOR_POST_SECONDS=5 # for one request
 # usage: anchor_post_open
 # Begins the queue where rd.anchor.report= names a URL. Always returns 0: who watches is no reason to fail.
 anchor_post_open() {
-    local traced='' LC_ALL=C
-    # rd.debug traces every command with its values, and the URL may hold a password.
-    case $- in *x*) traced=1 ;; esac
-    { set +x; } 2>/dev/null
+    anchor_untraced anchor_post__open
+}
+
+# usage: anchor_post__open
+# The same, traced: the URL may hold a password.
+anchor_post__open() {
+    local LC_ALL=C
     if [ -n "${anchor_report:-}" ] && [ ! -p "$ANCHOR_REPORT/wake" ]; then
         case $anchor_report in
             *[!!-~]* | *[\"\\]*) anchor_warn "rd.anchor.report has a character that no URL has: nothing is reported" ;;
             *) anchor_post__make || anchor_warn "cannot write to $ANCHOR_REPORT: nothing is reported" ;;
         esac
     fi
-    [ -z "$traced" ] || set -x
     return 0
 }
 
@@ -98,6 +100,8 @@ anchor_post__send() {
             random=$(od -An -N2 -tu2 /dev/urandom) || random=0
             random=$((${random##* } % (window * 1000)))
             sleep $((window / 2 + random / 1000)).$((random % 1000 / 100))
+            # The booted system has its own network by now, and posts what is left.
+            [ ! -e "$ANCHOR_REPORT/stop" ] || return 0
             [ "$window" -ge 16 ] || window=$((window * 2))
         fi
     done

@@ -22,6 +22,18 @@ anchor_uptime_ms() {
     anchor_uptime_ms=${anchor_uptime_ms:-0}
 }
 
+# usage: anchor_untraced FUNCTION [ARGUMENT...]
+# Calls it, and nothing of it is traced: rd.debug has the shell show every command with its values, and some are secret.
+anchor_untraced() {
+    local traced='' status
+    case $- in *x*) traced=1 ;; esac
+    { set +x; } 2>/dev/null
+    "$@"
+    status=$?
+    [ -z "$traced" ] || set -x
+    return "$status"
+}
+
 # usage: anchor_printable TEXT
 # Sets anchor_printable: TEXT with every byte that is not printable ASCII replaced by '?'. What is left can neither drive
 # a terminal, not even an 8-bit one, nor be invalid UTF-8 in JSON.

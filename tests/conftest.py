@@ -13,7 +13,7 @@ import pytest
 
 from anchor_build.plan import Plan
 from anchor_build.render import installed_files, render_plan
-from contrib.site.pki import make_authority
+from contrib.site.pki import Authority, Leaf, issue, make_authority
 
 TOP = Path(__file__).resolve().parents[1]
 SITE_PACKAGE = TOP / "tests" / "fixtures" / "site_package"
@@ -95,6 +95,21 @@ def lay_out() -> LayOut:
 def site_ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the CA of a site: its certificate; the key is beside it as ca.key."""
     return make_authority(tmp_path_factory.mktemp("pki")).certificate
+
+
+@pytest.fixture(scope="session")
+def leaf(site_ca: Path, tmp_path_factory: pytest.TempPathFactory) -> Leaf:
+    """Issue the certificate of a node of that site."""
+    authority = Authority(site_ca, site_ca.with_suffix(".key"))
+    return issue(authority, tmp_path_factory.mktemp("leaf"), "node1", client=True)
+
+
+@pytest.fixture(scope="session")
+def other(site_ca: Path, tmp_path_factory: pytest.TempPathFactory) -> Leaf:
+    """Issue that of another node."""
+    return issue(
+        Authority(site_ca, site_ca.with_suffix(".key")), tmp_path_factory.mktemp("other"), "node2", client=True
+    )
 
 
 @pytest.fixture

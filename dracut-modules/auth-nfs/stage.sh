@@ -40,23 +40,23 @@ anchor_nfs__list() {
         from=${pair%%:*}
         to=${pair#"$from"}
         to=${to#:}
-        anchor_nfs__destination "$to"
+        anchor_credentials_place "$to"
         case /$from/ in
-            // | */../* | */./*) anchor_nfs__name= ;;
+            // | */../* | */./*) anchor_credentials_name= ;;
         esac
-        if [ -z "$anchor_nfs__name" ]; then
+        if [ -z "$anchor_credentials_name" ]; then
             anchor_fail "rd.anchor.nfs.files has an entry that is no source:destination, or whose destination is not allowed" \
                 "sources are paths in the export; destinations /client.cert, /client.key or /run/anchor/credentials/NAME"
             return 1
         fi
         case $names in
-            *" $anchor_nfs__name "*)
-                anchor_fail "rd.anchor.nfs.files has two files for $anchor_nfs__name" "give each destination once"
+            *" $anchor_credentials_name "*)
+                anchor_fail "rd.anchor.nfs.files has two files for $anchor_credentials_name" "give each destination once"
                 return 1
                 ;;
         esac
-        names="$names$anchor_nfs__name "
-        anchor_nfs__wanted="$anchor_nfs__wanted$anchor_nfs__name $from
+        names="$names$anchor_credentials_name "
+        anchor_nfs__wanted="$anchor_nfs__wanted$anchor_credentials_name $from
 "
     done
     case $names in
@@ -69,23 +69,6 @@ anchor_nfs__list() {
             anchor_fail "rd.anchor.nfs.files has a certificate without its key, or a key without its certificate" \
                 "give both: CERT:/client.cert,KEY:/client.key"
             return 1
-            ;;
-    esac
-}
-
-# usage: anchor_nfs__destination PATH
-# Sets anchor_nfs__name to the file's name in the credentials, or to nothing: Anchor 0.1.5 wrote to any place, which lets
-# whoever answers for the NFS server replace the CA, or a program.
-anchor_nfs__destination() {
-    anchor_nfs__name=
-    case $1 in
-        /client.cert | /client.crt | /run/anchor/credentials/client.cert) anchor_nfs__name=client.crt ;;
-        /client.key) anchor_nfs__name=client.key ;;
-        /run/anchor/credentials/*)
-            case ${1#/run/anchor/credentials/} in
-                [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) ;;
-                *) anchor_nfs__name=${1#/run/anchor/credentials/} ;;
-            esac
             ;;
     esac
 }

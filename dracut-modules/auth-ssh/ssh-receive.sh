@@ -15,6 +15,7 @@ ANCHOR_RECEIVE_MAX=1048576
 
 dir=$1
 ANCHOR_ROOT=${dir%/run/anchor/ssh} # the server starts this with an empty environment
+. "${0%/*}/lib/anchor-credentials.sh" || exit 1
 . "${0%/*}/lib/anchor-ssh.sh" || exit 1
 umask 077
 unset TMPDIR

@@ -32,7 +32,7 @@ anchor_ssh_run() {
 anchor_ssh__prepare() {
     local rest="$anchor_ssh_wait_files," number=0
     rm -rf "${dir:?}"
-    if ! mkdir -p "$dir/in" "$dir/checked" || ! : >"$dir/said" || ! printf '%s\n' "$anchor_ssh_port" >"$dir/port"; then
+    if ! mkdir -p "$dir/in" "$dir/checked" || ! : >"$dir/said"; then
         anchor_fail "cannot write to $dir" "is there memory left for /run?"
         return 1
     fi
@@ -58,20 +58,9 @@ anchor_ssh__prepare() {
 }
 
 # usage: anchor_ssh__target PATH
-# Sets anchor_ssh__target to where the file that is waited for as PATH belongs on the node. Status 1 for any other place:
-# the command line could have the site's CA or manifest key replaced, or a program.
+# Sets anchor_ssh__target to where the file that is waited for as PATH belongs on the node. Status 1 for no such place.
 anchor_ssh__target() {
-    case $1 in
-        /client.cert) anchor_ssh__target="${ANCHOR_ROOT:-}/run/anchor/credentials/client.crt" ;;
-        /client.key) anchor_ssh__target="${ANCHOR_ROOT:-}/run/anchor/credentials/client.key" ;;
-        /run/anchor/credentials/*)
-            case ${1#/run/anchor/credentials/} in
-                '' | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) return 1 ;;
-            esac
-            anchor_ssh__target="${ANCHOR_ROOT:-}$1"
-            ;;
-        *) return 1 ;;
-    esac
+    anchor_credentials_place "$1" && anchor_ssh__target="${ANCHOR_ROOT:-}/run/anchor/credentials/$anchor_credentials_name"
 }
 
 # usage: anchor_ssh__trusted
@@ -251,20 +240,12 @@ anchor_ssh__await() {
 anchor_ssh__settle() {
     local path number=0
     rm -rf "${dir:?}/checked"
-    mkdir "$dir/checked" && cp -R "$dir/in" "$dir/wanted" "$dir/port" "$dir/checked/" || return 2
+    mkdir "$dir/checked" && cp -R "$dir/in" "$dir/wanted" "$dir/checked/" || return 2
     anchor_ssh_pair_here "$dir/checked"
-    case $? in
-        1)
-            anchor_warn "client.key and client.cert do not belong together: waiting for the right ones"
-            return 1
-            ;;
-        2)
-            # Nothing to compare where only one of them is wanted.
-            case ,$anchor_ssh_wait_files, in
-                *,/client.cert,*) case ,$anchor_ssh_wait_files, in *,/client.key,*) return 2 ;; esac ;;
-            esac
-            ;;
-    esac
+    if [ $? -eq 1 ]; then
+        anchor_warn "client.key and client.cert do not belong together: waiting for the right ones"
+        return 1
+    fi
     while IFS= read -r path; do
         number=$((number + 1))
         anchor_ssh__target "$path"

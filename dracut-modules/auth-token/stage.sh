@@ -104,32 +104,14 @@ anchor_token__until_answered() {
             2 | 3) ;;
             *) return 1 ;;
         esac
-        if ! anchor_token__pause "$attempt"; then
+        if ! anchor_fetch_pause "$attempt" "${anchor_fetch_retry_after:-0}" "$anchor_token__deadline" \
+            "$anchor_fetch_url: $anchor_fetch_error"; then
             anchor_fail "no answer from $anchor_fetch_url after $attempt attempts and $anchor_token_timeout s: $anchor_fetch_error" \
                 "${anchor_fetch_hint:-see to the server and the network between it and this node}"
             return 1
         fi
         attempt=$((attempt + 1))
     done
-}
-
-# usage: anchor_token__pause ATTEMPT
-# Waits a random part of a window that doubles with each attempt, up to 30 s, after as long as the server asked for, but
-# never more than half of the time left. Status 1 if there is no time left.
-anchor_token__pause() {
-    local window=30 wait left random
-    [ "$1" -gt 5 ] || window=$((1 << ($1 - 1)))
-    random=$(od -An -N4 -tu4 /dev/urandom) || random=0
-    wait=${anchor_fetch_retry_after:-0}
-    [ "$wait" -le 3600 ] || wait=3600
-    wait=$((wait * 1000 + random % (window * 1000 + 1)))
-    anchor_uptime_ms
-    left=$((anchor_token__deadline - anchor_uptime_ms))
-    [ "$left" -gt 500 ] || return 1
-    [ "$wait" -le $((left / 2)) ] || wait=$((left / 2))
-    wait=$((wait / 1000)).$((wait % 1000 / 100))
-    anchor_warn "$anchor_fetch_url: $anchor_fetch_error; next attempt in $wait s"
-    sleep "$wait"
 }
 
 # usage: anchor_token__request

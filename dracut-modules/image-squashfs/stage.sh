@@ -10,9 +10,13 @@
 # says. Leaves /run/anchor/image/image, complete and read-only: the image itself, or a link to where it is in place.
 # Safe to repeat. On failure it unmounts the tmpfs, which frees the memory.
 anchor_squashfs_run() {
+    anchor_untraced anchor_squashfs__run
+}
+
+# usage: anchor_squashfs__run
+# The same, traced: a URL may hold a password.
+anchor_squashfs__run() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" rest="$anchor_squashfs_mirrors" status
-    # rd.debug traces every command with its values, and a URL may hold a password.
-    { set +x; } 2>/dev/null
     urls=$anchor_squashfs_url
     while [ -n "$rest" ]; do
         urls="$urls${urls:+ }${rest%%,*}"
@@ -29,8 +33,8 @@ anchor_squashfs_run() {
     fi
     # An earlier try left it, complete; but what is wanted may have changed since.
     anchor_recall "$dir.of"
-    if [ "$anchor_recall" = "$sha256 $urls" ] && anchor_squashfs__mounted "$dir"; then
-        case $anchor_squashfs__options in
+    if [ "$anchor_recall" = "$sha256 $urls" ] && anchor_mounted "$dir"; then
+        case $anchor_mounted in
             ro | ro,*) return 0 ;;
         esac
     fi
@@ -38,7 +42,7 @@ anchor_squashfs_run() {
     anchor_squashfs__place "$dir" "$urls" "$sha256"
     status=$?
     [ "$status" -eq 2 ] || return "$status"
-    anchor_squashfs__mounted "$dir" || anchor_squashfs__space "$dir" || return 1
+    anchor_mounted "$dir" || anchor_squashfs__space "$dir" || return 1
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
         anchor_squashfs__seal "$dir"; then
@@ -53,8 +57,8 @@ anchor_squashfs_run() {
 # Unmounts what an earlier try, or somebody else, mounted on DIR and where the image goes.
 anchor_squashfs__forget() {
     rm -f "$1.of"
-    ! anchor_squashfs__mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
-    ! anchor_squashfs__mounted "$1" || anchor_squashfs__free "$1"
+    ! anchor_mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
+    ! anchor_mounted "$1" || anchor_squashfs__free "$1"
 }
 
 # usage: anchor_squashfs__place DIR URLS SHA256
@@ -78,23 +82,13 @@ anchor_squashfs__place() {
 # Mounts the image read-only on DIR. Safe to repeat. On failure it frees the image's memory.
 anchor_squashfs_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
-    anchor_squashfs__mounted "$1" && return 0
+    anchor_mounted "$1" && return 0
     anchor_squashfs__check "$dir/image" || return 1
     [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
     error=$(mount -t "$anchor_squashfs__format" -o loop,ro "$dir/image" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" \
         "does this kernel have loop and $anchor_squashfs__format with the image's compression? (see dmesg)"
     anchor_squashfs__free "$dir"
-    return 1
-}
-
-# usage: anchor_squashfs__mounted DIR
-# Whether something is mounted on DIR, a path without blanks. Sets anchor_squashfs__options to its options.
-anchor_squashfs__mounted() {
-    local device dir type rest
-    while read -r device dir type anchor_squashfs__options rest; do
-        [ "$dir" != "$1" ] || return 0
-    done </proc/self/mounts
     return 1
 }
 
@@ -194,6 +188,6 @@ anchor_squashfs__seal() {
 # usage: anchor_squashfs__free DIR
 # Unmounts the image's tmpfs, if there is one, and so frees its memory.
 anchor_squashfs__free() {
-    anchor_squashfs__mounted "$1" || return 0
+    anchor_mounted "$1" || return 0
     umount "$1" || umount -l "$1"
 }

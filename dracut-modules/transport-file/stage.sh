@@ -31,7 +31,7 @@ anchor_file_run() {
         return 3
     fi
     if [ "$anchor_file__size" -gt "$max" ]; then
-        anchor_file__too_large
+        anchor_fetch_too_large "$anchor_file__size"
         return 1
     fi
     printf '%s\n%s\n' "$before" "$1" >"$state"
@@ -88,14 +88,4 @@ anchor_file__find() {
     anchor_file__size=${anchor_file__identity%% *}
     [ -f "$anchor_file__path" ] && [ "$anchor_file__size" -gt 0 ] && return 0
     anchor_fail "$anchor_fetch_url is not a file with something in it" "give the path of the image itself"
-}
-
-# usage: anchor_file__too_large
-anchor_file__too_large() {
-    local needs
-    anchor_fetch_amount "$anchor_file__size"
-    needs=$anchor_fetch_amount
-    anchor_fetch_amount "$max"
-    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $anchor_fetch_amount fit ($anchor_fetch_room)" \
-        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
 }

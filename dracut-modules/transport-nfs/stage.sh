@@ -60,7 +60,7 @@ anchor_nfs__attempt() {
     before=$anchor_nfs_identity
     anchor_nfs__continue || return 3
     if [ "$anchor_nfs_size" -gt "$max" ]; then
-        anchor_nfs__too_large
+        anchor_fetch_too_large "$anchor_nfs_size"
         return 1
     fi
     printf '%s\n' "$anchor_nfs_size" >"$state/size"
@@ -161,17 +161,6 @@ anchor_nfs__whole() {
     printf 'got %s of %s bytes\n' "$anchor_fetch_size" "$size" >"$state/error"
     [ "$anchor_fetch_size" -lt "$size" ] && return 2
     return 3
-}
-
-# usage: anchor_nfs__too_large
-anchor_nfs__too_large() {
-    local needs
-    anchor_fetch_amount "$anchor_nfs_size"
-    needs=$anchor_fetch_amount
-    anchor_fetch_amount "$max"
-    printf '%s is too large: it needs %s, and %s fit (%s)\n' "$anchor_fetch_url" "$needs" "$anchor_fetch_amount" \
-        "$anchor_fetch_room" >"$state/error"
-    printf 'give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve\n' >"$state/hint"
 }
 
 # usage: anchor_nfs__tell

@@ -32,7 +32,7 @@ anchor_rsync_run() {
     fi
     anchor_rsync__listed || return 1
     if [ "$size" -gt "$max" ]; then
-        anchor_rsync__too_large
+        anchor_fetch_too_large "$size"
         return 1
     fi
     if [ "$offset" -gt 0 ] && ! anchor_rsync__same; then
@@ -310,14 +310,10 @@ anchor_rsync__words() {
     text=${text#@ERROR: }
 }
 
-# usage: anchor_rsync__too_large
-anchor_rsync__too_large() {
-    local needs
-    anchor_fetch_amount "$size"
-    needs=$anchor_fetch_amount
-    anchor_fetch_amount "$max"
-    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $anchor_fetch_amount fit ($anchor_fetch_room)" \
-        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
+# usage: anchor_rsync__reject
+# The known server does not want the key, or ssh cannot use it: where auth made it, another try gets another one.
+anchor_rsync__reject() {
+    [ -n "$anchor_rsync_ssh_key" ] || anchor_reject_credentials
 }
 
 # usage: anchor_rsync__again ERROR [HINT]
@@ -340,10 +336,12 @@ anchor_rsync__judge() {
                 "if the server's key was renewed, build it in again (rd.anchor.rsync.host_key)"
             ;;
         *"Permission denied ("* | *"Too many authentication failures"*)
+            anchor_rsync__reject
             anchor_fail "$host does not let this node in: $text" \
                 "the server must trust the node's key: rd.anchor.rsync.ssh_key, or client.key of the auth step"
             ;;
         *"error in libcrypto"* | *"invalid format"* | *"incorrect passphrase"*)
+            anchor_rsync__reject
             anchor_fail "the node's SSH key cannot be used: $text" "it must be a private key without a pass phrase"
             ;;
         *"max connections"*) anchor_rsync__again "$host has too many clients: $text" "see how many nodes boot at once" ;;

@@ -6,18 +6,11 @@
 # Reads the stage's parameters anchor_s3_*. Statuses of a transport (see anchor-fetch.sh). The helpers below share these
 # locals; anchor_http_get calls anchor_s3__request and anchor_s3__refused.
 anchor_s3_run() {
-    local traced='' status
-    # rd.debug traces every command with its values; the key must not get into a log.
-    case $- in *x*) traced=1 ;; esac
-    { set +x; } 2>/dev/null
-    anchor_s3__attempt "$@"
-    status=$?
-    [ -z "$traced" ] || set -x
-    return "$status"
+    anchor_untraced anchor_s3__attempt "$@"
 }
 
 # usage: anchor_s3__attempt URL FILE MAX_BYTES
-# The same, with nothing traced.
+# The same, traced.
 anchor_s3__attempt() {
     local file="$2" max="$3" host='' path='' scheme='' time
     local anchor_s3__key='' anchor_s3__secret='' anchor_s3__token=''
@@ -159,8 +152,11 @@ anchor_s3__refused() {
     message=${anchor_s3__element:+: $anchor_s3__element}
     [ -z "$anchor_s3__key" ] || who="the access key is $anchor_s3__key"
     what="$anchor_fetch_url answered with status $code, $error$message"
-    case $error in
-        SignatureDoesNotMatch | InvalidAccessKeyId | ExpiredToken | InvalidToken) anchor_reject_credentials ;;
+    case $code:$error in
+        *:SignatureDoesNotMatch | *:InvalidAccessKeyId | *:ExpiredToken | *:InvalidToken | *:TokenRefreshRequired | 403:)
+            # What is built in stays what it is.
+            [ ! -e "${ANCHOR_ROOT:-}/run/anchor/credentials/s3" ] || anchor_reject_credentials
+            ;;
     esac
     case $error in
         '' | *[!A-Za-z0-9.]*)

@@ -28,7 +28,8 @@ LIMIT_S = 300
 FILE = b"image" * 200
 PARAMETERS = {"timeout": "300", "connect_timeout": "30", "stall": "30", "attempts": "20", "reserve": "1048576"}
 NODE = """
-. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$STAGES/transport-https/stage.sh" || exit 9
+for lib in report fetch http; do . "$LIB/anchor-$lib.sh" || exit 9; done
+. "$STAGES/transport-https/stage.sh" || exit 9
 anchor_stage_for_scheme() { anchor_transport=https anchor_transport_needs_digest=1; }
 read -r go <"$GO"
 mkdir -p "$ANCHOR_ROOT/run/anchor/credentials" && anchor_fetch "$URL" "$ANCHOR_ROOT/image" "$DIGEST" 2>/dev/null

@@ -86,7 +86,9 @@ def booted_node(
     )
     console = top / "console.log"
     exports = make_exports(top / "exports", site, leaf)
-    with nfs_server(top / "server", exports) as server:
+    with nfs_server(top / "server", exports) as server, pytest.MonkeyPatch.context() as patch:
+        wrapper = server.wrapped(Path(qemu.find_qemu()), top / "bin")
+        patch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
         append = (
             f"root=anchor nfs_mount=nfs4:10.0.2.2:/auth:port={server.port},hard "
             "nfs_files=node1.crt:/client.cert,node1.key:/client.key,token:/run/anchor/credentials/site.token "
@@ -135,6 +137,7 @@ CASES = {
     "v4": WHOLE,
     "v40": WHOLE,
     "v3": WHOLE,
+    "v3-rpcbind": WHOLE,
     "denied": "1 cannot mount 10.0.2.2:/denied: access denied by server while mounting 10.0.2.2:/denied",
     "link": WHOLE,
     "link-out": "1 10.0.2.2:/data/link-outside is a link that leads out of the export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,21 @@ class Shell:
             timeout=timeout,
             check=False,
         )
+
+
+def other_clock(directory: Path, clock: str, *programs: str) -> str:
+    """Return a PATH on which these programs see another clock, as faketime(1) writes it.
+
+    Each runs under a faketime of its own. In a whole shell, all processes would share one semaphore, and one that is
+    killed while it holds that stops the others for ever.
+    """
+    directory.mkdir()
+    for name in programs:
+        wrapper = directory / name
+        real = shutil.which(name)
+        wrapper.write_text(f"#!/bin/sh\nFAKETIME_DONT_FAKE_MONOTONIC=1 exec faketime -f '{clock}' {real} \"$@\"\n")
+        wrapper.chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"
 
 
 @pytest.fixture(params=sorted(SHELLS))

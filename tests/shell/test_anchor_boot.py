@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from anchor_build.manifest import Manifest, manifest_text
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from contrib.site import pki
@@ -248,6 +249,68 @@ def test_what_is_of_no_use_is_ordered_again(node: Shell, run: Run, tmp_path: Pat
     fail(node, "image")
     assert run().returncode == 0
     assert [call.split()[0] for call in calls(node)].count("auth") == 2
+
+
+def test_what_an_earlier_try_left_is_gone_before_auth_runs_again(node: Shell, run: Run) -> None:
+    """A stage that takes what it finds must not find what was refused. What was there before the boot is not that."""
+    credentials = node.root / "run/anchor/credentials"
+    credentials.mkdir(parents=True)
+    for name in ("client.crt", "client.key", "s3", "site.token"):
+        (credentials / name).write_text("from before\n")
+    look = 'for file in "$ANCHOR_ROOT"/run/anchor/credentials/*; do stand_in "saw ${file##*/}"; done\n'
+    leave = "printf 'keys\\n' >\"$ANCHOR_ROOT/run/anchor/credentials/s3\"\n"
+    begin = "anchor_local_file_run() {\n"
+    text = STAGES["auth/20-local-file"].replace(begin, f"{begin}{look}{leave}")
+    (node.root / "usr/lib/anchor/stages/auth/20-local-file/stage.sh").write_text(text)
+    fail(node, "image")
+    assert run().returncode == 0
+    made = calls(node)
+    again = made.index("auth /c") + 1
+    before = [f"saw {name}" for name in ("client.crt", "client.key", "s3", "site.token")]
+    assert [call for call in made[:again] if call.startswith("saw")] == before
+    assert [call for call in made[again:] if call.startswith("saw")] == ["saw site.token"]
+
+
+SECRET = "hunter2"  # noqa: S105 - nobody's
+PLACES = {
+    "url": f"rd.anchor.squashfs.url=https://u:{SECRET}@s/i?token={SECRET} "
+    f"rd.anchor.squashfs.mirrors=https://u:{SECRET}@t/i",
+    "manifest": f"rd.anchor.manifest=https://u:{SECRET}@s/d/m,https://u:{SECRET}@t/m?token={SECRET}",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_traced_boot_shows_no_password(node: Shell, run: Run, place: str) -> None:
+    """With rd.debug; the real image stage, and a download that fails, so that what is said of failures is seen too."""
+    stage = node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh"
+    stage.write_text((TOP / "dracut-modules/image-squashfs/stage.sh").read_text())
+    manifest = manifest_text(Manifest(image="squashfs", sha256="a" * 64, size=9, created=1, file="image"))
+    (node.root / "manifest").write_text(manifest)
+    stand_ins = """
+    anchor_fetch() {
+        case $2 in
+            */manifest) cat "$ANCHOR_ROOT/manifest" >"$2" ;;
+            *) anchor_fetch_plain "${1%% *}"; anchor_fail "$anchor_fetch_url is away" ;;
+        esac
+    }
+    anchor_post_start() { :; }
+    anchor_squashfs__space() { :; }
+    anchor_boot_shell() { exit 0; }
+    """
+    with (node.root / "usr/lib/anchor/lib/zz-stand-ins.sh").open("a") as file:
+        file.write(stand_ins)
+    with stage.open("a") as file:
+        file.write("anchor_squashfs__space() { :; }\n")
+    report_to = f"rd.anchor.report=https://u:{SECRET}@r/"
+    line = f"root=anchor rd.anchor.local-file.directory=/c {report_to} {PLACES[place]}"
+    done = run("set -x; anchor_boot_cmdline && anchor_boot_main", line)
+    assert "this node could not boot: step image (squashfs) failed" in done.stderr
+    assert "/i is away" in done.stderr or "/image is away" in done.stderr
+    # The boot itself is still traced after what is not.
+    assert "+ anchor_step image image/squashfs" in done.stderr
+    assert [text for text in done.stderr.splitlines() if SECRET in text] == []
+    for name in ("boot.json", "boot.log"):
+        assert SECRET not in (node.root / "run/anchor" / name).read_text()
 
 
 @pytest.mark.parametrize("minutes", [4, -5])

@@ -16,6 +16,7 @@ VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "cmdline.json").re
 
 # Words are printed with \\037 between their parts and \\035 behind them: values hold spaces and newlines.
 SHOW = """
+. "$LIB/anchor-report.sh"
 . "$LIB/anchor-cmdline.sh"
 show() {
     printf '%s\\037%s\\037%s\\037%s\\035' "$#" "$1" "$2" "$3"

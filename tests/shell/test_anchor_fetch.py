@@ -8,48 +8,32 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.shell.conftest import LIB, SHELLS, Shell
+from tests.shell.downloads import Downloader, limits, loop, processes_of
 
-# What the core provides: reports, parameters, and which transport carries a scheme. `od` is where random numbers
-# come from; this one always says 0, so that the waits between attempts are as short as they can be.
-PROLOGUE = r"""
-. "$LIB/anchor-report.sh"
-. "$LIB/anchor-fetch.sh"
-anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
-anchor_stage_for_scheme() {
-    case $1 in
-        https) anchor_transport_needs_digest=0 ;;
-        http) anchor_transport_needs_digest=1 ;;
-        *) return 1 ;;
-    esac
-    anchor_transport=fake
-}
-od() { printf '%s\n' "${RANDOM_NUMBER:-0}"; }
+# A transport of which each test gives the body.
+PROLOGUE = (
+    loop("fake", {"https": False, "http": True})
+    + r"""
 count() {
     printf '%s %s\n' "$anchor_fetch_left" "$3" >>"$ANCHOR_ROOT/calls"
     calls=$((${calls:-0} + 1))
 }
 """
+)
 DEFAULTS = {"timeout": 30, "connect_timeout": 5, "stall": 5, "attempts": 4, "reserve": 1000}
 URL = "https://store.example/images/node.squashfs"
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node's root and shell, with a fake transport."""
-
-    shell: Shell
-
-    @property
-    def image(self) -> Path:
-        """Where the download goes."""
-        return self.shell.root / "run/anchor/image/node.squashfs"
+class Node(Downloader):
+    """A node with a fake transport."""
 
     def script(self, transport: str, setup: str = "") -> str:
         """Return shell text that downloads with this body of anchor_fake_run."""
@@ -58,7 +42,7 @@ class Node:
 
     def environment(self, parameters: Mapping[str, int]) -> dict[str, str]:
         """Return the parameters as the variables that the node's parser sets."""
-        return {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
+        return limits({**DEFAULTS, **parameters})
 
     def fetch(
         self,
@@ -104,28 +88,14 @@ def dash(tmp_path: Path) -> Node:
 
 
 def prepared(shell: Shell) -> Node:
-    for name in ("run/anchor/image", "run/anchor/steps/10", "proc"):
-        (shell.root / name).mkdir(parents=True)
+    node = Node(shell)
+    node.make_directories()
     memory(shell.root, 100_000)
-    return Node(shell)
+    return node
 
 
 def memory(root: Path, kib: int) -> None:
     (root / "proc/meminfo").write_text(f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\n")
-
-
-def processes_of(root: Path) -> list[str]:
-    """Return the command lines of all processes that were started for this node."""
-
-    def found() -> Iterator[str]:
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"ANCHOR_ROOT={root}\0".encode() in (process / "environ").read_bytes():
-                    yield (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-
-    return list(found())
 
 
 def digest(data: bytes) -> str:

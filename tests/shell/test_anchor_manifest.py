@@ -21,7 +21,7 @@ from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from anchor_build.signing import open_key, sign_text
 from tests.conftest import TOP, LayOut
-from tests.shell.conftest import Shell
+from tests.shell.conftest import Shell, other_clock
 
 VECTORS = json.loads((TOP / "tests/vectors/manifest.json").read_text(encoding="utf-8"))
 KERNEL = Path("/proc/sys/kernel/osrelease").read_text().strip()
@@ -70,8 +70,16 @@ STAND_INS = """
 anchor_fetch() {
     printf '%s\\n' "$*" "limit=$anchor_fetch_limit signed=$anchor_fetch_signed attempts=$anchor_fetch_attempts" \\
         >>"$ANCHOR_ROOT/asked"
-    [ -e "$ANCHOR_ROOT/www/${1##*/}" ] || { anchor_fail "$1 is away" "wait"; return 1; }
-    cat "$ANCHOR_ROOT/www/${1##*/}" >"$2"
+    set -- "$1" "$2" "${1%%\\?*}"
+    case ${3#*://} in
+        */*) set -- "$1" "$2" "${3##*/}" ;;
+        *) set -- "$1" "$2" m ;;
+    esac
+    anchor_fetch_plain "$1"
+    anchor_note url "$anchor_fetch_url"
+    [ -e "$ANCHOR_ROOT/www/$3" ] || { anchor_fail "$1 is away" "wait"; return 1; }
+    anchor_note_number bytes "$(stat -c %s "$ANCHOR_ROOT/www/$3")"
+    cat "$ANCHOR_ROOT/www/$3" >"$2"
 }
 """
 RUN = """
@@ -102,8 +110,7 @@ class Node:
         (self.shell.root / "proc/cmdline").write_text(f"root=anchor {line}\n")
         env = {}
         if clock:
-            found = subprocess.run(["faketime", "-f", clock, "env"], capture_output=True, text=True, check=True).stdout
-            env = dict(line.split("=", 1) for line in found.splitlines() if line.startswith(("LD_PRELOAD", "FAKETIME")))
+            env = {"PATH": other_clock(self.shell.root / "bin", clock, "date")}
         return self.shell.run(RUN, env=env)
 
     def told(self, name: str) -> str:
@@ -171,6 +178,32 @@ def test_a_signed_manifest_says_what_to_boot(signed: Node) -> None:
     assert signed.told("note-image_sha256") == "a" * 64
     assert signed.told("error") == ""
     assert "no modules" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "beside"),
+    [
+        ("https://s", "https://s/node-1.erofs"),
+        ("https://s:8443?v=1/2", "https://s:8443/node-1.erofs"),
+        ("https://s/m", "https://s/node-1.erofs"),
+        ("https://s/d/m?x=/y", "https://s/d/node-1.erofs"),
+    ],
+)
+def test_the_image_is_beside_the_manifest_wherever_that_is(signed: Node, keys: Keys, url: str, beside: str) -> None:
+    (signed.www / "m").write_text(keys.sign(replace(MANIFEST, mirrors=())))
+    done = signed.run(f"rd.anchor.manifest={url}")
+    assert done.stdout.splitlines()[1] == beside, done.stderr
+
+
+def test_what_is_noted_is_of_the_manifest_that_counts(signed: Node, keys: Keys) -> None:
+    (signed.www / "old").write_text(keys.sign(replace(MANIFEST, created=MANIFEST.created - 60, size=9)))
+    done = signed.run("rd.anchor.manifest=https://s/d/old,https://s/d/away,https://s/d/m")
+    assert done.returncode == 0, done.stderr
+    assert signed.told("note-url") == "https://s/d/m"
+    assert signed.told("number-bytes") == str((signed.www / "m").stat().st_size)
+    assert signed.told("number-image_bytes") == "1234"
+    assert len(signed.told("note-key")) == 64
+    assert signed.told("error") == ""
 
 
 def test_an_unsigned_manifest_counts_only_without_a_key(node: Node, keys: Keys) -> None:
@@ -280,8 +313,9 @@ def test_the_newest_of_several_counts(signed: Node, keys: Keys) -> None:
     (signed.www / "m2").write_text(keys.sign(newer))
     (signed.www / "m3").write_text(keys.sign(replace(newer, created=newer.created + 10), "thief"))
     done = signed.run("rd.anchor.manifest=https://a/m,https://b/m2,https://c/m3,https://d/away,https://e/x/m2?q=1")
-    assert done.stdout.splitlines() == ["squashfs", "https://b/node-2.erofs", "b" * 64, "1234"], done.stderr
-    assert "3 of 5 URLs had no manifest that can be used" in done.stderr
+    beside = "https://b/node-2.erofs https://e/x/node-2.erofs"
+    assert done.stdout.splitlines() == ["squashfs", beside, "b" * 64, "1234"], done.stderr
+    assert "2 of 5 URLs had no manifest that can be used" in done.stderr
     assert signed.told("error") == ""
     assert "attempts=2" in (signed.shell.root / "asked").read_text()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 HOSTILE = ["/srv/a b", "/srv/$(touch pwned)", "/srv/co:lon", '/srv/quo"te', "/srv/back\\slash", "/srv/*", "/srv/-o ro"]
 
 LOAD = """
-for lib in report overlay; do . "$LIB/anchor-$lib.sh"; done
+for lib in report mounts overlay; do . "$LIB/anchor-$lib.sh"; done
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 LOWER="$ANCHOR_ROOT/run/anchor/lower" NEWROOT="$ANCHOR_ROOT/sysroot" BASE="$ANCHOR_ROOT/run/anchor/overlay"
 mkdir -p "$anchor_step_dir" "$LOWER" "$NEWROOT" && cd "$ANCHOR_ROOT" || exit 9

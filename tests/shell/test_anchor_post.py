@@ -255,3 +255,25 @@ def test_many_events_at_once_are_few_requests(trusting: Shell, tmp_path: Path) -
     assert done.stderr == ""
     assert sum(requests) == 41
     assert len(requests) < 12
+
+
+def test_a_full_pipe_holds_nobody_up(trusting: Shell) -> None:
+    """Nobody has emptied it for more events than it has room for wakes: 64 KiB, as pipe(7) says."""
+    script = LOAD + "anchor_report=http://127.0.0.1:9/; anchor_post_open\n"
+    script += 'exec 9<>"$ANCHOR_REPORT/wake"; head -c 65536 /dev/zero >&9\n'
+    script += 'printf "65000\\n" >"$ANCHOR_REPORT/next"; printf "0\\n" >"$ANCHOR_REPORT/sent"\n'
+    script += 'anchor_event "{}"; cat "$ANCHOR_REPORT/next"'
+    assert trusting.run(script, timeout=20).stdout == "65001\n"
+
+
+def test_the_sender_does_not_begin_again_once_it_was_ended(trusting: Shell, tmp_path: Path) -> None:
+    tool = tmp_path / "curl"
+    tool.write_text(f'#!/bin/sh\nprintf "x" >>"{tmp_path}/calls"\nexit 7\n')
+    tool.chmod(0o755)
+    script = "PATH=$1:$PATH;" + LOAD + "anchor_report=http://127.0.0.1:9/; anchor_post_open; anchor_event '{}'\n"
+    # Its pause after a failure lasts until it was ended.
+    script += 'sleep() { until [ -e "$ANCHOR_REPORT/stop" ]; do command sleep 0.05; done; }\nanchor_post_start\n'
+    script += 'until [ -s "$ANCHOR_REPORT/error" ]; do command sleep 0.05; done; command sleep 0.3\n'
+    script += 'anchor_post_end; wait "$anchor_post__pid"; printf "%s" $?'
+    assert trusting.run(script, str(tmp_path)).stdout == "0"
+    assert (tmp_path / "calls").read_text() == "x"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -15,37 +14,12 @@ import pytest
 
 from contrib.site import pki, servers
 from tests.shell.conftest import LIB, SHELLS, Shell
+from tests.shell.downloads import DATA, Downloader, limits, loop
 
 STAGE = LIB.parent / "dracut-modules/transport-https/stage.sh"
-DATA, OTHER = (hashlib.shake_256(seed).digest(3_000_000) for seed in (b"one", b"two"))
-DIGEST = hashlib.sha256(DATA).hexdigest()
-DEFAULTS = {"timeout": 20, "connect_timeout": 3, "stall": 3, "attempts": 4, "reserve": 1 << 20}
 CURL = shutil.which("curl") or ""
 
-# `od` is where the waits' random numbers come from: 0 makes them as short as they can be. (The certificate's name is
-# read with od, too, from a pipe and with other options.)
-SCRIPT = r"""
-. "$LIB/anchor-report.sh"
-. "$LIB/anchor-fetch.sh"
-. "$LIB/anchor-http.sh"
-. "$STAGE"
-anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
-anchor_stage_for_scheme() {
-    case $1 in
-        https) anchor_transport_needs_digest=0 ;;
-        http) anchor_transport_needs_digest=1 ;;
-        *) return 1 ;;
-    esac
-    anchor_transport=https
-}
-od() {
-    case $* in
-        *urandom) printf '%s\n' "${RANDOM_NUMBER:-0}" ;;
-        *) command od "$@" ;;
-    esac
-}
-anchor_fetch "$@"
-"""
+SCRIPT = loop("https", {"https": False, "http": True}, "$LIB/anchor-http.sh", "$STAGE") + 'anchor_fetch "$@"\n'
 
 
 @dataclass(frozen=True)
@@ -88,20 +62,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(Downloader):
     """A node with the site's CA and, at first, a certificate of its own."""
-
-    shell: Shell
-
-    @property
-    def image(self) -> Path:
-        """Where the download goes."""
-        return self.shell.root / "run/anchor/image/node.squashfs"
-
-    @property
-    def credentials(self) -> Path:
-        """What auth leaves."""
-        return self.shell.root / "run/anchor/credentials"
 
     def enroll(self, leaf: pki.Leaf) -> None:
         """Give the node a certificate."""
@@ -121,35 +83,17 @@ class Node:
         **parameters: int,
     ) -> subprocess.CompletedProcess[str]:
         """Download after the shell text `setup`; the result's stderr is what the console shows."""
-        environment = {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
-        environment |= {"STAGE": str(STAGE), "anchor_https_proxy": proxy, **(env or {})}
+        environment = limits(parameters) | {"STAGE": str(STAGE), "anchor_https_proxy": proxy, **(env or {})}
         arguments = (url, str(self.image), sha256, str(size))
         done = self.shell.run(setup + SCRIPT, *arguments, env=environment, unshare=unshare)
         assert not list(self.image.parent.glob("*.fetch"))
         return done
 
-    def attempts(self) -> int:
-        """Return how many attempts the last download took."""
-        return int((self.shell.root / "run/anchor/steps/10/number-attempts").read_text())
-
-    def got(self, done: subprocess.CompletedProcess[str], data: bytes = DATA) -> bool:
-        """Whether the download is whole; shows what was said otherwise."""
-        assert done.returncode == 0, done.stderr
-        return self.image.read_bytes() == data
-
-    def failed(self, done: subprocess.CompletedProcess[str], *messages: str) -> bool:
-        """Whether the download failed with all of these on the console."""
-        assert done.returncode == 1, done.stderr
-        assert not self.image.exists()
-        assert [message for message in messages if message not in done.stderr] == [], done.stderr
-        return True
-
 
 def prepared(shell: Shell, site: Site) -> Node:
-    for name in ("run/anchor/image", "run/anchor/steps/10", "run/anchor/credentials", "etc/anchor"):
-        (shell.root / name).mkdir(parents=True)
-    shutil.copy(site.authority.certificate, shell.root / "etc/anchor/ca.pem")
     node = Node(shell)
+    node.make_directories()
+    shutil.copy(site.authority.certificate, shell.root / "etc/anchor/ca.pem")
     node.enroll(site.node)
     site.store.access_log.write_text("")
     return node

@@ -1,22 +1,20 @@
 """A real NFS server, 3 and 4, in user space: nfs-ganesha and rpcbind in a network namespace of their own.
 
-rpcbind's port cannot be chosen, and ganesha does not serve NFS 3 without it. So both live where no port is taken, and
-socat brings NFS's and MOUNT's ports to free ones of this host's loopback.
+rpcbind's port cannot be chosen, and ganesha does not serve NFS 3 without it. So both live where no port is taken. QEMU
+is started in there, too: then a node's 10.0.2.2 is that namespace's loopback.
 """
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from anchor_build.run import start, stop
-from contrib.site.servers import free_port
 
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60
 NFS_PORT, MOUNT_PORT = 2049, 20048
 
 CONFIG = """\
@@ -42,21 +40,26 @@ ip link set lo up && ip address add 10.255.255.1/32 dev lo && mount -t tmpfs non
 rpcbind -w -f &
 sleep 0.3
 "$@" &
-server=$!
-for port in {ports}; do
-    socat "UNIX-LISTEN:{directory}/$port.sock,fork" "TCP:127.0.0.1:$port" &
-done
-wait "$server"
+wait "$!"
 """
 
 
 @dataclass(frozen=True)
 class NfsServer:
-    """A running server: the ports of NFS and of MOUNT on this host's loopback, and the server's log."""
+    """A running server: its ports, its log, and the process whose network namespace it is in."""
 
-    port: int
-    mount_port: int
     log: Path
+    pid: int
+    port: int = NFS_PORT
+    mount_port: int = MOUNT_PORT
+
+    def wrapped(self, program: Path, directory: Path) -> Path:
+        """Make a program in `directory` that is `program`, run in the server's network."""
+        directory.mkdir()
+        wrapper = directory / program.name
+        wrapper.write_text(f'#!/bin/sh\nexec nsenter --net=/proc/{self.pid}/ns/net -- {program} "$@"\n')
+        wrapper.chmod(0o755)
+        return wrapper
 
 
 @dataclass(frozen=True)
@@ -103,26 +106,18 @@ def ganesha(directory: Path, config: Path) -> list[str]:
 
 @contextmanager
 def nfs_server(directory: Path, exports: Mapping[str, Export]) -> Iterator[NfsServer]:
-    """Serve directories over NFS 3 and 4 on two free ports of the loopback."""
+    """Serve directories over NFS 3 and 4."""
     config = write_config(directory, exports)
-    script = SERVER.format(ports=f"{NFS_PORT} {MOUNT_PORT}", directory=directory)
-    ports = {NFS_PORT: free_port(), MOUNT_PORT: free_port()}
-    with ExitStack() as stack:
-        children: list[subprocess.Popen[str]] = []
-        commands = [in_namespace(script, *ganesha(directory, config))]
-        commands += [
-            ["socat", f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork", f"UNIX-CONNECT:{directory}/{inside}.sock"]
-            for inside, port in ports.items()
-        ]
-        for number, command in enumerate(commands):
-            child = start(["setpriv", "--pdeathsig", "TERM", "--", *command], log=directory / f"process{number}.log")
-            stack.callback(stop, child)
-            children.append(child)
+    command = in_namespace(SERVER, *ganesha(directory, config))
+    child = start(["setpriv", "--pdeathsig", "TERM", "--", *command], log=directory / "process.log")
+    try:
         deadline = time.monotonic() + START_TIMEOUT_S
         log = directory / "log"
         while not (log.exists() and "NFS SERVER INITIALIZED" in log.read_text(encoding="utf-8", errors="replace")):
             said = log.read_text(encoding="utf-8", errors="replace")[-3000:] if log.exists() else "no log"
-            assert all(child.poll() is None for child in children), said
+            assert child.poll() is None, said
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
-        yield NfsServer(ports[NFS_PORT], ports[MOUNT_PORT], log)
+        yield NfsServer(log, child.pid)
+    finally:
+        stop(child)

@@ -17,7 +17,7 @@ import pytest
 
 from contrib.site import pki, servers
 from tests.shell.conftest import SHELLS, TOP, Shell
-from tests.stages.https_node import DATA, DEFAULTS, OTHER, Node
+from tests.shell.downloads import DATA, OTHER, Downloader, limits, loop
 
 STAGE = TOP / "dracut-modules/transport-s3"
 DOMAIN = "s3.example"
@@ -33,23 +33,10 @@ KEYS = (
     "日本",
 )
 
-SCRIPT = r"""
-. "$LIB/anchor-report.sh"
-. "$LIB/anchor-fetch.sh"
-. "$LIB/anchor-http.sh"
-. "$STAGE/anchor-s3.sh"
-. "$STAGE/stage.sh"
-anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
-anchor_stage_for_scheme() { anchor_transport=s3 anchor_transport_needs_digest=0; }
-od() { # a 0 makes the waits as short as they can be
-    case $* in
-        *urandom) printf '0\n' ;;
-        *) command od "$@" ;;
-    esac
-}
-[ -z "$TRACE" ] || set -x
-anchor_fetch "$@"
-"""
+SCRIPT = (
+    loop("s3", {"s3": False}, "$LIB/anchor-http.sh", "$STAGE/anchor-s3.sh", "$STAGE/stage.sh")
+    + '[ -z "$TRACE" ] || set -x\nanchor_fetch "$@"\n'
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ def s3_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Site]:
 
 
 @dataclass(frozen=True)
-class S3Node(Node):
+class S3Node(Downloader):
     """A node with the site's CA, and credentials that are baked in."""
 
     site: S3Site
@@ -108,7 +95,7 @@ class S3Node(Node):
         setup: str = "",
         trace: bool = False,
         unshare: tuple[str, ...] = (),
-        limits: Mapping[str, int] | None = None,
+        fetch: Mapping[str, int] | None = None,
         given: Mapping[str, str] | None = None,
         **parameters: str,
     ) -> subprocess.CompletedProcess[str]:
@@ -117,8 +104,7 @@ class S3Node(Node):
         values = {"endpoint": s3.endpoint, "region": s3.region, "style": "", "proxy": "", "session_token": ""}
         values |= {"access_key": s3.access_key, "secret_key": s3.secret_key, **(given or {}), **parameters}
         environment = {f"anchor_s3_{name}": value for name, value in values.items()}
-        environment |= {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **(limits or {})}.items()}
-        environment |= {"STAGE": str(STAGE), "TRACE": "1" if trace else "", **(env or {})}
+        environment |= limits(fetch or {}) | {"STAGE": str(STAGE), "TRACE": "1" if trace else "", **(env or {})}
         done = self.shell.run(setup + SCRIPT, url, str(self.image), sha256, env=environment, unshare=unshare)
         assert not list(self.image.parent.glob("*.fetch"))
         return done
@@ -126,11 +112,11 @@ class S3Node(Node):
 
 def s3_node(shell: str, root: Path, site: S3Site) -> S3Node:
     """Prepare a node's root."""
-    for name in ("run/anchor/image", "run/anchor/steps/10", "run/anchor/credentials", "etc/anchor"):
-        (root / name).mkdir(parents=True)
+    node = S3Node(Shell(shell, root), site)
+    node.make_directories()
     shutil.copy(site.authority.certificate, root / "etc/anchor/ca.pem")
     site.s3.access_log.write_text("")
-    return S3Node(Shell(shell, root), site)
+    return node
 
 
 @pytest.fixture(params=sorted(SHELLS))

@@ -36,7 +36,7 @@ DEFAULTS = {
 PROLOGUE = """
 for file in etc/passwd etc/shadow etc/shells root; do mount --bind "$ANCHOR_ROOT/$file" "/$file" || exit 99; done
 LC_ALL=C; export LC_ALL
-for lib in report types fetch; do . "$top/lib/anchor-$lib.sh"; done
+for lib in report types fetch credentials; do . "$top/lib/anchor-$lib.sh"; done
 . "$top/dracut-modules/auth-ssh/anchor-ssh.sh"
 . "$top/dracut-modules/auth-ssh/stage.sh"
 anchor_step_dir="$ANCHOR_ROOT/step"
@@ -250,7 +250,8 @@ def make_node(site: Site, root: Path, files: Mapping[str, str] | None = None) ->
     (root / "root").chmod(0o700)
     (root / "etc").chmod(0o755)
     shutil.copy(site.authority.certificate, root / "etc/anchor/ca.pem")
-    shutil.copy(STAGE / "anchor-ssh.sh", root / "usr/lib/anchor/lib")
+    for library in (STAGE / "anchor-ssh.sh", TOP / "lib/anchor-credentials.sh"):
+        shutil.copy(library, root / "usr/lib/anchor/lib")
     target = root / "usr/lib/anchor/ssh-receive"
     shutil.copy(STAGE / "ssh-receive.sh", target)
     target.chmod(0o755)

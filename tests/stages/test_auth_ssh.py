@@ -153,11 +153,11 @@ def test_nothing_is_forwarded(node: Node, site: Site) -> None:
 def test_a_file_is_taken_only_when_it_is_whole(node: Node, site: Site) -> None:
     key, cert = site.node.key.read_bytes(), site.node.certificate.read_bytes()
     with node.running():
-        for data, reason in ((key[:-20], b"is incomplete"), (b"", b"no private key"), (cert, b"no private key")):
+        for data, reason in ((key[:-20], b"is not whole"), (b"", b"is missing or empty"), (cert, b"no private key")):
             done = node.ssh("put client.key", data)
             assert done.returncode == 1
             assert reason in done.stderr
-        assert b"is incomplete" in node.ssh("put client.cert", cert + cert[:100]).stderr
+        assert b"is not whole" in node.ssh("put client.cert", cert + cert[:100]).stderr
         assert b"10 of 99 bytes" in node.ssh("put client.key 99", b"0123456789").stderr
         assert b"12 of 11 bytes" in node.ssh("put client.key 11", b"0123456789abcdef").stderr
         assert b"too large" in node.ssh("put client.key", b"x" * 1_100_000).stderr
@@ -165,7 +165,7 @@ def test_a_file_is_taken_only_when_it_is_whole(node: Node, site: Site) -> None:
         assert b"is encrypted" in node.ssh("put client.key", encrypted).stderr
         assert b"/client.cert, /client.key" in node.ssh("status").stdout
         assert not list(node.credentials.iterdir())
-        node.said("that was refused: it is incomplete")
+        node.said("that was refused: it is not whole")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_a_file_is_taken_only_when_it_is_whole(node: Node, site: Site) -> None:
 )
 @pytest.mark.parametrize("shell", sorted(SHELLS))
 def test_files_for_other_places_are_refused(shell: str, place: str) -> None:
-    script = f'. {TOP}/dracut-modules/auth-ssh/stage.sh; anchor_ssh__target /client.key && ! anchor_ssh__target "$1"'
+    script = f". {TOP}/lib/anchor-credentials.sh; . {TOP}/dracut-modules/auth-ssh/stage.sh\n"
+    script += 'anchor_ssh__target /client.key && ! anchor_ssh__target "$1"'
     done = subprocess.run([*SHELLS[shell], "-c", script, "sh", place], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -23,7 +23,7 @@ URL = "https://store.example/images/node.squashfs"
 SHA256 = "0" * 64
 
 LOAD = """
-. "$LIB/anchor-report.sh" && . "$LIB/anchor-params.sh" && . "$STAGE" || exit 9
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-mounts.sh" && . "$LIB/anchor-params.sh" && . "$STAGE" || exit 9
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 IMAGE_DIR="$ANCHOR_ROOT/run/anchor/image" LOWER="$ANCHOR_ROOT/run/anchor/lower"
 mkdir -p "$anchor_step_dir" "$LOWER" || exit 9
@@ -321,3 +321,28 @@ def test_garbage_in_place_is_refused(shell: Shell, tmp_path: Path) -> None:
     done = run(shell, None, "anchor_squashfs_run; echo $?; show", PLACED=str(tmp_path / "garbage"))
     assert done.stdout == "1\n"
     assert "HTML or XML page" in note(shell, "error")
+
+
+def test_an_image_of_an_earlier_try_counts_only_while_it_is_wanted(shell: Shell, image: Path) -> None:
+    """What is wanted may change between two tries: by another manifest, or a corrected command line."""
+    script = """
+    anchor_squashfs_run && anchor_squashfs_mount "$LOWER" && anchor_squashfs_run || exit 1
+    stat -c %a "$IMAGE_DIR.of"
+    anchor_squashfs_sha256=DIGEST
+    anchor_squashfs_run && show && anchor_squashfs_mount "$LOWER" && anchor_squashfs_run || exit 1
+    anchor_squashfs_url=https://other.example/i
+    anchor_fetch() { return 1; }
+    anchor_squashfs_run
+    printf '%s\\n' $?
+    show
+    ls "$IMAGE_DIR.of" 2>&1 | grep -c "No such"
+    """.replace("DIGEST", "1" * 64)
+    done = run(shell, image, script)
+    mode, tmpfs, status, gone = done.stdout.splitlines()
+    assert mode == "600", "the URLs may hold passwords"
+    # The old image is no longer mounted when the new one has come; nothing is left when none comes.
+    assert tmpfs.startswith("anchor-image /run/anchor/image tmpfs ro,")
+    assert (status, gone) == ("1", "1"), done.stderr
+    fetched = (shell.root / "fetched").read_text().splitlines()
+    assert [fetched[n] for n in (2, 6)] == [SHA256, "1" * 64]
+    assert len(fetched) == 8

@@ -19,7 +19,8 @@ RUN = (
     LOAD
     + """
 anchor_fetch_left=20 anchor_fetch_room='a test' anchor_fetch_error=''
-anchor_file_run "$1" "$ANCHOR_ROOT/copy" "${2:-99999999}"
+anchor_fetch_max=${2:-99999999}
+anchor_file_run "$1" "$ANCHOR_ROOT/copy" "$anchor_fetch_max"
 status=$?
 [ "$status" -lt 2 ] || printf '%s\\n' "$anchor_fetch_error"
 exit "$status"

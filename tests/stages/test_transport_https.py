@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from contrib.site import pki, servers
+from tests.shell.downloads import DATA, DIGEST
 from tests.stages import hostile_http as fake
 from tests.stages import https_node
 from tests.stages.hostile_http import hostile
-from tests.stages.https_node import CURL, DATA, DIGEST, Node, Site, tells_refused_headers
+from tests.stages.https_node import CURL, Node, Site, tells_refused_headers
 
 # Fixtures
 site, node, dash = https_node.site, https_node.node, https_node.dash
@@ -120,6 +121,19 @@ def test_a_forbidden_node_is_told_its_name(node: Node, site: Site) -> None:
     tls = pki.issue(site.authority, site.directory, "fake")
     with hostile(fake.status(403), tls=tls) as server:
         assert node.failed(node.fetch(server.url(scheme="https")), "status 403", "the certificate of node17")
+    assert node.rejected
+
+
+def test_who_answers_in_clear_has_not_refused_a_certificate(node: Node) -> None:
+    with hostile(fake.status(403)) as server:
+        assert node.failed(node.fetch(server.url(), DIGEST), "status 403", "over http:// a node does not show")
+    assert not node.rejected
+
+
+def test_a_certificate_that_curl_cannot_use_is_not_kept(node: Node, site: Site) -> None:
+    (node.credentials / "client.key").write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    assert node.failed(node.fetch(site.url()), "the client certificate cannot be used", "see the auth step", attempts=1)
+    assert node.rejected
 
 
 def test_a_certificate_without_common_name_is_named_by_its_first_dns_name(node: Node, site: Site) -> None:
@@ -154,7 +168,6 @@ def test_a_missing_file_is_final(node: Node, site: Site) -> None:
 
 @tells_refused_headers
 def test_an_image_that_does_not_fit_is_refused_with_numbers(node: Node, site: Site) -> None:
-    (node.shell.root / "proc").mkdir()
     (node.shell.root / "proc/meminfo").write_text(f"MemAvailable: {500 << 10} kB\n")
     done = node.fetch(site.url("/huge"), reserve=64 << 20)
     assert node.failed(done, "needs 900.0 MiB, and 436.0 MiB fit", "(500.0 MiB of memory available, of which 64.0 MiB")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from contrib.site import pki, servers
+from tests.shell.conftest import other_clock
+from tests.shell.downloads import DATA, DIGEST, OTHER
 from tests.stages import hostile_http as fake
 from tests.stages import https_node
 from tests.stages.hostile_http import hostile
-from tests.stages.https_node import DATA, DIGEST, OTHER, Node, Site, tells_refused_headers
+from tests.stages.https_node import Node, Site, tells_refused_headers
 
 # Every test is a server that misbehaves, and most are waited for.
 pytestmark = pytest.mark.slow
@@ -128,7 +130,6 @@ def test_chunks_that_end_too_early_are_resumed(node: Node) -> None:
 
 
 def test_an_unannounced_size_is_limited_too(node: Node) -> None:
-    (node.shell.root / "proc").mkdir()
     (node.shell.root / "proc/meminfo").write_text(f"MemAvailable: {5 << 10} kB\n")
     with hostile(fake.chunked(DATA, times=20)) as server:
         assert node.failed(node.fetch(server.url(), DIGEST), "too large: it needs more, and 4.0 MiB fit")
@@ -270,11 +271,11 @@ def test_ipv6_alone_is_enough(dash: Node, site: Site) -> None:
 @pytest.mark.parametrize(
     ("clock", "message"), [("2099-01-01", "has expired: the clock says 2099-"), ("1970-01-02", "is not yet valid: the")]
 )
-def test_a_wrong_clock_is_named_with_the_certificate(dash: Node, site: Site, clock: str, message: str) -> None:
-    argv = ["faketime", "-f", f"@{clock} 00:00:00", "env"]
-    fake_environment = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
-    environment = dict(line.split("=", 1) for line in fake_environment if line.startswith(("LD_PRELOAD=", "FAKETIME=")))
-    done = dash.fetch(site.url(), DIGEST, env={**environment, "FAKETIME_DONT_FAKE_MONOTONIC": "1"})
+def test_a_wrong_clock_is_named_with_the_certificate(
+    dash: Node, site: Site, tmp_path: Path, clock: str, message: str
+) -> None:
+    path = other_clock(tmp_path / "bin", f"@{clock} 00:00:00", "curl", "date")
+    done = dash.fetch(site.url(), DIGEST, env={"PATH": path}, connect_timeout=20)
     assert dash.failed(done, message, f"the clock says {clock[:4]}-", "rd.anchor.clock.ntp=")
     assert dash.attempts() == 1
 

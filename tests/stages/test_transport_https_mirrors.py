@@ -10,10 +10,11 @@ import hashlib
 import pytest
 
 from contrib.site import pki, servers
+from tests.shell.downloads import DATA, DIGEST, OTHER
 from tests.stages import hostile_http as fake
 from tests.stages import https_node
 from tests.stages.hostile_http import hostile
-from tests.stages.https_node import DATA, DIGEST, OTHER, Node, Site
+from tests.stages.https_node import Node, Site
 
 # Fixtures
 site, node, dash = https_node.site, https_node.node, https_node.dash
@@ -134,7 +135,6 @@ def test_a_file_that_outgrows_its_size_is_refused_at_once(node: Node, site: Site
 
 
 def test_a_size_that_does_not_fit_is_refused_before_a_connection(node: Node) -> None:
-    (node.shell.root / "proc").mkdir()
     (node.shell.root / "proc/meminfo").write_text(f"MemAvailable: {100 << 10} kB\n")
     with hostile(fake.whole(DATA)) as server:
         done = node.fetch(f"{server.url()} {dead()}", DIGEST, size=90 << 20, reserve=64 << 20)

@@ -13,6 +13,7 @@ from anchor_build.check import check_command_line
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from tests.shell.conftest import SHELLS
+from tests.shell.downloads import processes_of
 from tests.stages.nfs_node import Node, make_node, root_only
 
 pytestmark = root_only
@@ -30,7 +31,8 @@ DEFAULTS: dict[str, str | int] = {
 # One attempt: its status is the script's, and what it would say at last goes to stdout.
 ATTEMPT = """
 anchor_fetch_left=$anchor_fetch_timeout anchor_fetch_room='a test' anchor_fetch_error='' anchor_fetch_hint=''
-anchor_nfs_run "$1" "$ANCHOR_ROOT/run/anchor/image/data" "${2:-99999999}"
+anchor_fetch_max=${2:-99999999}
+anchor_nfs_run "$1" "$ANCHOR_ROOT/run/anchor/image/data" "$anchor_fetch_max"
 status=$?
 [ "$status" -lt 2 ] || printf '%s\\n' "$anchor_fetch_error"
 (exit "$status")
@@ -222,3 +224,27 @@ def test_an_attempt_ends_with_its_time(dash: Node) -> None:
     slow.chmod(0o755)
     status, said, _ = attempt(dash, fetch_timeout=1)
     assert (status, said) == (2, "nfs.example is too slow: not done after 1 s")
+
+
+def test_nothing_is_left_running(node: Node) -> None:
+    """The guard over a copy waits in a sleep of its own, which no other program on this host is likely to have."""
+    assert attempt(node, fetch_stall=86399)[0] == 0
+    assert [process for process in processes_of(node.shell.root) if "86399" in process] == []
+
+
+def test_a_slow_copy_is_not_a_silent_one(dash: Node) -> None:
+    """10 KiB/s: in blocks of dd's that take longer to fill than the guard looks back, nothing would be seen to come."""
+    slow = dash.shell.root / "bin/dd"
+    feed = (
+        f"for n in 0 1 2 3 4 5 6 7; do tail -c +$((n * 10240 + 1)) '{dash.export}/slow' | head -c 10240; sleep 1; done"
+    )
+    slow.write_text(
+        '#!/bin/sh\nfor word; do\n    shift\n    case $word in if=* | skip=*) ;; iflag=*) set -- "$@" '
+        'iflag=fullblock,count_bytes ;; *) set -- "$@" "$word" ;; esac\ndone\n'
+        f'({feed}) | exec /bin/dd "$@"\n'
+    )
+    slow.chmod(0o755)
+    (dash.export / "slow").write_bytes(DATA[:81920])
+    status, said, _ = attempt(dash, URL.replace("node.squashfs", "slow"), fetch_stall=3)
+    assert (status, said) == (0, "")
+    assert data(dash).read_bytes() == DATA[:81920]

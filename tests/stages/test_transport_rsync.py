@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import shutil
 import socket
@@ -18,31 +17,15 @@ import pytest
 
 from contrib.site import servers
 from tests.shell.conftest import LIB, SHELLS, Shell
+from tests.shell.downloads import DATA, DIGEST, OTHER, Downloader, limits, loop
 
 pytestmark = pytest.mark.slow
 
 STAGE = LIB.parent / "dracut-modules/transport-rsync/stage.sh"
-DATA, OTHER = (hashlib.shake_256(seed).digest(3_000_000) for seed in (b"one", b"two"))
-DIGEST, OTHER_DIGEST = (hashlib.sha256(data).hexdigest() for data in (DATA, OTHER))
-DEFAULTS = {"timeout": 20, "connect_timeout": 3, "stall": 3, "attempts": 3, "reserve": 1 << 20}
+DEFAULTS = {"attempts": 3}
 RSYNC = shutil.which("rsync") or ""
 
-# `od` is where the waits' random numbers come from: 0 makes them as short as they can be.
-SCRIPT = r"""
-. "$LIB/anchor-report.sh"
-. "$LIB/anchor-fetch.sh"
-. "$STAGE"
-anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
-anchor_stage_for_scheme() {
-    case $1 in
-        rsync) anchor_transport_needs_digest=1 ;;
-        rsync+ssh) anchor_transport_needs_digest=0 ;;
-        *) return 1 ;;
-    esac
-    anchor_transport=rsync
-}
-od() { printf '0\n'; }
-"""
+SCRIPT = loop("rsync", {"rsync": True, "rsync+ssh": False}, "$STAGE")
 
 
 @dataclass(frozen=True)
@@ -133,23 +116,19 @@ def _wait_for(port: int) -> None:
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(Downloader):
     """A node that trusts the site's SSH server and holds its trusted key."""
 
-    shell: Shell
     site: Site
-
-    @property
-    def image(self) -> Path:
-        """Where the download goes."""
-        return self.shell.root / "run/anchor/image/node.squashfs"
 
     def run(
         self, script: str, *words: str, env: Mapping[str, str] | None = None, **parameters: int
     ) -> subprocess.CompletedProcess[str]:
         """Run shell text with the transport loaded."""
-        environment = {f"anchor_fetch_{name}": str(value) for name, value in {**DEFAULTS, **parameters}.items()}
-        environment |= {"STAGE": str(STAGE), "anchor_rsync_host_key": self.site.host_key}
+        environment = limits({**DEFAULTS, **parameters}) | {
+            "STAGE": str(STAGE),
+            "anchor_rsync_host_key": self.site.host_key,
+        }
         environment |= {"anchor_rsync_ssh_key": self.site.key("trusted"), "anchor_rsync_password": ""}
         return self.shell.run(SCRIPT + script, *words, env={**environment, **(env or {})})
 
@@ -161,28 +140,11 @@ class Node:
         assert not list(self.image.parent.glob("*.fetch"))
         return done
 
-    def attempts(self) -> int:
-        """Return how many attempts the last download took."""
-        return int((self.shell.root / "run/anchor/steps/10/number-attempts").read_text())
-
-    def got(self, done: subprocess.CompletedProcess[str], data: bytes = DATA) -> bool:
-        """Whether the download is whole; shows what was said otherwise."""
-        assert done.returncode == 0, done.stderr
-        return self.image.read_bytes() == data
-
-    def failed(self, done: subprocess.CompletedProcess[str], *messages: str, attempts: int = 1) -> bool:
-        """Whether the download failed after so many attempts with all of these on the console."""
-        assert done.returncode == 1, done.stderr
-        assert not self.image.exists()
-        assert [message for message in messages if message not in done.stderr] == [], done.stderr
-        assert self.attempts() == attempts, done.stderr
-        return True
-
 
 def prepared(shell: Shell, site: Site) -> Node:
-    for name in ("run/anchor/image", "run/anchor/steps/10", "run/anchor/credentials"):
-        (shell.root / name).mkdir(parents=True)
-    return Node(shell, site)
+    node = Node(shell, site)
+    node.make_directories()
+    return node
 
 
 @pytest.fixture(params=sorted(SHELLS))
@@ -300,7 +262,6 @@ def test_the_image_is_in_memory_once(dash: Node, site: Site, tmp_path: Path) -> 
 
 
 def test_an_image_that_does_not_fit_is_refused_with_numbers(dash: Node, site: Site) -> None:
-    (dash.shell.root / "proc").mkdir()
     (dash.shell.root / "proc/meminfo").write_text(f"MemAvailable: {500 << 10} kB\n")
     done = dash.fetch(site.ssh_url("huge"), reserve=64 << 20)
     assert dash.failed(done, "needs 900.0 MiB, and 436.0 MiB fit", "(500.0 MiB of memory available, of which 64.0 MiB")
@@ -308,10 +269,9 @@ def test_an_image_that_does_not_fit_is_refused_with_numbers(dash: Node, site: Si
 
 def test_a_server_that_sends_more_than_it_listed_is_stopped(dash: Node, site: Site, tmp_path: Path) -> None:
     script = '[ -n "$listing" ] || { head -c 99000000 /dev/zero >"$last" || exit 11; }'
-    (dash.shell.root / "proc").mkdir()
     (dash.shell.root / "proc/meminfo").write_text(f"MemAvailable: {40 << 10} kB\n")
     done = dash.fetch(site.url(), DIGEST, env=stand_in(tmp_path / "bin", script))
-    assert dash.failed(done, "cannot write the download")
+    assert dash.failed(done, "cannot write the download", attempts=1)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +290,7 @@ def test_a_server_that_sends_more_than_it_listed_is_stopped(dash: Node, site: Si
 )
 def test_a_path_that_is_no_file_is_final(dash: Node, site: Site, name: str, words: tuple[str, ...]) -> None:
     for url in (site.url(name), site.ssh_url(name)):
-        assert dash.failed(dash.fetch(url, DIGEST), *words)
+        assert dash.failed(dash.fetch(url, DIGEST), *words, attempts=1)
     assert not Path("/pwned").exists()
 
 
@@ -347,7 +307,7 @@ def test_a_hostile_place_stays_text(dash: Node, site: Site, tmp_path: Path, plac
 
 
 def test_an_unknown_module_is_final(dash: Node, site: Site) -> None:
-    assert dash.failed(dash.fetch(site.url(module="nothing"), DIGEST), "no such module", "nothing")
+    assert dash.failed(dash.fetch(site.url(module="nothing"), DIGEST), "no such module", "nothing", attempts=1)
 
 
 def test_a_daemon_with_too_many_clients_is_tried_again(dash: Node, site: Site) -> None:
@@ -360,7 +320,9 @@ def test_a_daemon_with_too_many_clients_is_tried_again(dash: Node, site: Site) -
 
 
 def test_a_password_opens_a_module_and_shows_nowhere(node: Node, site: Site, tmp_path: Path) -> None:
-    assert node.failed(node.fetch(site.url(module="closed", user="robot@"), DIGEST), "does not let this node in")
+    assert node.failed(
+        node.fetch(site.url(module="closed", user="robot@"), DIGEST), "does not let this node in", attempts=1
+    )
     env = stand_in(tmp_path / "bin", "")
     for url, password in (
         (site.url(module="closed", user="robot@"), "passw0rd"),
@@ -376,9 +338,9 @@ def test_a_password_opens_a_module_and_shows_nowhere(node: Node, site: Site, tmp
 def test_an_ssh_server_with_another_host_key_is_refused(dash: Node, site: Site) -> None:
     other = (site.directory / "stranger.pub").read_text().strip()
     done = dash.fetch(site.ssh_url(), env={"anchor_rsync_host_key": other})
-    assert dash.failed(done, "another host key than the one that is known", "rd.anchor.rsync.host_key")
+    assert dash.failed(done, "another host key than the one that is known", "rd.anchor.rsync.host_key", attempts=1)
     done = dash.fetch(site.ssh_url(), env={"anchor_rsync_host_key": ""})
-    assert dash.failed(done, "host key is not known", "--set rd.anchor.rsync.host_key=@")
+    assert dash.failed(done, "host key is not known", "--set rd.anchor.rsync.host_key=@", attempts=1)
 
 
 def test_known_hosts_may_be_a_file(dash: Node, site: Site) -> None:
@@ -388,11 +350,23 @@ def test_known_hosts_may_be_a_file(dash: Node, site: Site) -> None:
 
 def test_a_key_that_the_server_does_not_trust_is_final(dash: Node, site: Site) -> None:
     done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": site.key("stranger")})
-    assert dash.failed(done, "does not let this node in", "rd.anchor.rsync.ssh_key")
+    assert dash.failed(done, "does not let this node in", "rd.anchor.rsync.ssh_key", attempts=1)
     done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": "!!"})
-    assert dash.failed(done, "is not a key in base64")
+    assert dash.failed(done, "is not a key in base64", attempts=1)
     done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": ""})
-    assert dash.failed(done, "this node has no key for SSH")
+    assert dash.failed(done, "this node has no key for SSH", attempts=1)
+    # Another try would find the same key built in.
+    assert not dash.rejected
+
+
+@pytest.mark.parametrize("key", ["stranger", "broken"])
+def test_a_key_of_auth_that_is_of_no_use_is_not_kept(dash: Node, site: Site, key: str) -> None:
+    text = (site.directory / "stranger").read_text()
+    (dash.credentials / "client.key").write_text(text if key == "stranger" else text[:150])
+    (dash.credentials / "client.key").chmod(0o600)
+    done = dash.fetch(site.ssh_url(), env={"anchor_rsync_ssh_key": ""})
+    assert dash.failed(done, "does not let this node in" if key == "stranger" else "key", attempts=1)
+    assert dash.rejected
 
 
 def test_the_nodes_own_key_opens_the_server_too(dash: Node, site: Site) -> None:
@@ -424,5 +398,5 @@ def test_a_silent_server_is_bounded(dash: Node, scheme: str) -> None:
             done = dash.fetch(f"{scheme}://127.0.0.1:{port}/images/x", DIGEST, attempts=1, stall=1, connect_timeout=1)
         finally:
             silent.terminate()
-    assert dash.failed(done, "gave up")
+    assert dash.failed(done, "gave up", attempts=1)
     assert time.monotonic() - start < 30

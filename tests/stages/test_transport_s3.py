@@ -12,10 +12,10 @@ from anchor_build import cmdline, paramtypes
 from contrib.site import pki
 from tests.shell import conftest as shells
 from tests.shell.conftest import Shell
+from tests.shell.downloads import DATA, DIGEST, OTHER
 from tests.stages import hostile_http as fake
 from tests.stages import https_node, s3_node
 from tests.stages.hostile_http import hostile
-from tests.stages.https_node import DATA, DIGEST, OTHER
 from tests.stages.s3_node import DOMAIN, KEYS, STAGE, S3Node, S3Site, presigned
 from tests.stages.test_transport_https import recording_curl
 
@@ -104,7 +104,7 @@ def test_without_an_endpoint_it_is_aws_in_the_region(
 ) -> None:
     # No network: the message names the host that was looked for.
     chosen = {"endpoint": "", "region": "us-east-1", **parameters}
-    done = s3_dash.get(url, limits={"attempts": 1}, unshare=("--net",), given=chosen)
+    done = s3_dash.get(url, fetch={"attempts": 1}, unshare=("--net",), given=chosen)
     assert s3_dash.failed(done, f"https://{host}/", "the name is not known")
 
 
@@ -224,6 +224,28 @@ def test_refusals_of_other_services(s3_dash: S3Node, fault: fake.Fault, messages
         assert s3_dash.failed(done, *messages)
         assert "\x1b" not in done.stderr
         assert len(server.requests) <= 2
+
+
+@pytest.mark.parametrize(
+    ("page", "from_auth", "rejected"),
+    [
+        (b"", True, True),
+        (b"<h1>proxy</h1>", True, True),
+        (error("InvalidAccessKeyId"), True, True),
+        (error("AccessDenied"), True, False),
+        (b"", False, False),
+        (error("InvalidAccessKeyId"), False, False),
+    ],
+)
+def test_credentials_of_auth_that_are_refused_are_not_kept(
+    s3_dash: S3Node, page: bytes, from_auth: bool, rejected: bool
+) -> None:
+    if from_auth:
+        (s3_dash.credentials / "s3").write_text("access_key=A\nsecret_key=B\n")
+    tls = pki.issue(s3_dash.site.authority, s3_dash.site.directory, "fake")
+    with hostile(fake.status(403, {}, page), tls=tls) as server:
+        assert s3_dash.failed(s3_dash.get(endpoint=server.url("", "https")), "status 403")
+    assert s3_dash.rejected == rejected
 
 
 def test_a_busy_service_is_waited_for_and_signed_for_anew(s3_dash: S3Node) -> None:

@@ -88,11 +88,7 @@ install_early_udev() {
 # of these make udev wait or keep it busy before it comes to the network card.
 install_short_wait() {
     local name units="$initdir/etc/systemd/system" own="${dracutsysrootdir-}${systemdsystemunitdir-}" skip=''
-    # networkd's own user comes from the host's file, as dracut does it.
-    for name in passwd group; do
-        grep -qs '^systemd-network:' "$initdir/etc/$name" ||
-            grep -s '^systemd-network:' "${dracutsysrootdir-}/etc/$name" >>"$initdir/etc/$name" || return 0
-    done
+    install_users || return 0
     for name in systemd-sysusers systemd-tmpfiles-setup-dev-early systemd-tmpfiles-setup-dev kmod-static-nodes; do
         [[ ! -e $own/$name.service ]] || ln -sfn /dev/null "$units/$name.service" || exit 1
     done
@@ -105,5 +101,25 @@ install_short_wait() {
     dracut_module_included rootfs-block || for name in dracut-rootfs-generator systemd-gpt-auto-generator; do
         mkdir -p "$initdir/etc/systemd/system-generators" &&
             ln -sfn /dev/null "$initdir/etc/systemd/system-generators/$name" || exit 1
+    done
+}
+
+# Copies from the host, as dracut does with some, the users and groups that daemons in the initramfs run as. Status 1 if
+# the host lacks one: then the service that makes them has to run. (What basic.conf lists are those that every host has.)
+install_users() {
+    local file kind name rest list
+    for file in "$initdir"/usr/lib/sysusers.d/*.conf "$initdir"/etc/sysusers.d/*.conf; do
+        [[ -e $file && ${file##*/} != basic.conf ]] || continue
+        while read -r kind name rest; do
+            case $kind in
+                u*) list='passwd group' ;;
+                g*) list=group ;;
+                *) continue ;;
+            esac
+            for kind in $list; do
+                grep -qs "^$name:" "$initdir/etc/$kind" ||
+                    grep -s "^$name:" "${dracutsysrootdir-}/etc/$kind" >>"$initdir/etc/$kind" || return 1
+            done
+        done <"$file"
     done
 }

@@ -258,7 +258,9 @@ def test_udev_gets_to_the_network_card_without_detours(built: Built) -> None:
     assert {"tty", "disk", "kmem"} <= {line.partition(":")[0] for line in groups.splitlines()}
     trigger = content(built, "etc/systemd/system/systemd-udev-trigger.service").decode()
     assert " --subsystem-nomatch=tty " in trigger
-    assert not any(f"--subsystem-nomatch={name}" in trigger for name in ("pci", "virtio", "usb", "net", "block", "acpi"))
+    assert not any(
+        f"--subsystem-nomatch={name}" in trigger for name in ("pci", "virtio", "usb", "net", "block", "acpi")
+    )
 
 
 def test_modes_do_not_depend_on_the_umask(built: Built) -> None:

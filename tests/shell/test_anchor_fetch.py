@@ -628,7 +628,9 @@ def test_a_digest_is_the_same_without_openssl(node: Node) -> None:
 def test_the_processors_instructions_choose_the_digests_program(node: Node, processor: str, program: str) -> None:
     (node.shell.root / "proc/cpuinfo").write_text(f"processor\t: 0\n{processor}\nprocessor\t: 1\n")
     used = node.shell.root / "used"
-    setup = "".join(f'{each}() {{ echo {each} >>"{used}"; command {each} "$@"; }}\n' for each in ("openssl", "sha256sum"))
+    setup = "".join(
+        f'{each}() {{ echo {each} >>"{used}"; command {each} "$@"; }}\n' for each in ("openssl", "sha256sum")
+    )
     done = node.fetch('printf hello >>"$2"', sha256=digest(b"hello"), setup=setup)
     assert done.returncode == 0, done.stderr
     assert used.read_text().split() == [program]

@@ -96,7 +96,6 @@ anchor_boot_main() {
     anchor_recall "$ANCHOR_RUN/steps/kernel"
     anchor_json "$anchor_recall"
     anchor_event "{\"event\":\"boot\",\"version\":$1,\"kernel\":$anchor_json}"
-    anchor_boot_preload
     until anchor_boot_steps; do
         anchor_recall "$anchor_step_last/step"
         set -- "$anchor_recall"
@@ -118,8 +117,9 @@ anchor_boot_main() {
 }
 
 # usage: anchor_boot_preload
-# Loads the drivers that the last steps will need, while the first one waits for the network. Whoever needs one that is
-# not there when its turn comes asks for it once more.
+# Loads the drivers that the last steps will need, while those before them use the network; not sooner, because udev
+# would look at their devices before it looks at the network card. Whoever needs one that is not there when its turn comes
+# asks for it once more.
 anchor_boot_preload() {
     local drivers stage
     anchor_core_anchor_drivers
@@ -153,6 +153,7 @@ anchor_boot_forget() {
 anchor_boot_steps() {
     anchor_manifest_forget
     anchor_step network '' anchor_net_run || return 1
+    anchor_boot_preload
     anchor_boot_set node "$(anchor_net_hostname)"
     anchor_step clock '' anchor_clock_run || return 1
     anchor_post_start

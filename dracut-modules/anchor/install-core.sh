@@ -9,6 +9,9 @@ network_module() {
     fi
 }
 
+# Devices that no node boots from or over, often hundreds of them.
+idle_subsystems=(tty vc vtconsole mem memory cpu machinecheck bdi workqueue clocksource clockevents event_source)
+
 install_core() {
     local n
     for ((n = 0; n < ${#hooks[@]}; n += 2)); do
@@ -61,8 +64,9 @@ install_network() {
 # could depend on, both run at the same time, and what comes after udev waits for both. dracut's pre-udev service stays
 # behind the hooks: it runs only for rd.driver.* and rd.break, and reads what they leave.
 install_early_udev() {
-    local name units="$initdir/etc/systemd/system" own="${dracutsysrootdir-}${systemdsystemunitdir-}/dracut-pre-udev.service"
-    dracut_module_included systemd-networkd && dracut_module_included dracut-systemd && [[ -e $own ]] || return 0
+    local name units="$initdir/etc/systemd/system" own="${dracutsysrootdir-}${systemdsystemunitdir-}"
+    dracut_module_included systemd-networkd && dracut_module_included dracut-systemd &&
+        [[ -e $own/dracut-pre-udev.service && -e $own/dracut-cmdline.service ]] || return 0
     for name in ${mods_to_load-} ${modules_loaded-}; do
         case $name in
             base | anchor | anchor-*) ;;
@@ -70,7 +74,52 @@ install_early_udev() {
         esac
     done
     mkdir -p "$units/dracut-initqueue.service.d" || exit 1
-    sed -e '/^After=dracut-cmdline/d' -e 's/^ExecStart=/ExecStartPre=-systemctl start dracut-cmdline.service\n&/' "$own" \
-        >"$units/dracut-pre-udev.service" || exit 1
+    # Each of the two may say that one comes after the other.
+    sed -e '/^After=dracut-cmdline/d' -e 's/^ExecStart=/ExecStartPre=-systemctl start dracut-cmdline.service\n&/' \
+        "$own/dracut-pre-udev.service" >"$units/dracut-pre-udev.service" || exit 1
+    sed -e '/^Before=/s/ *dracut-pre-\(udev\|trigger\)\.service//g' -e '/^Before=$/d' "$own/dracut-cmdline.service" \
+        >"$units/dracut-cmdline.service" || exit 1
     printf '[Unit]\nAfter=dracut-cmdline.service\n' >"$units/dracut-initqueue.service.d/anchor.conf" || exit 1
+    install_short_wait
+}
+
+# What an initramfs that only boots over the network can leave to the root that it boots: users that nobody is, device
+# nodes that load their drivers when opened, and devices that are neither a card, nor a disk, nor behind one of them. All
+# of these make udev wait or keep it busy before it comes to the network card.
+install_short_wait() {
+    local name units="$initdir/etc/systemd/system" own="${dracutsysrootdir-}${systemdsystemunitdir-}" skip=''
+    install_users || return 0
+    for name in systemd-sysusers systemd-tmpfiles-setup-dev-early systemd-tmpfiles-setup-dev kmod-static-nodes; do
+        [[ ! -e $own/$name.service ]] || ln -sfn /dev/null "$units/$name.service" || exit 1
+    done
+    for name in "${idle_subsystems[@]}"; do
+        skip+=" --subsystem-nomatch=$name"
+    done
+    sed -e "s/^ExecStart=.*udevadm trigger .*/&$skip/" "$own/systemd-udev-trigger.service" \
+        >"$units/systemd-udev-trigger.service" || exit 1
+    # These two look for a root on a disk.
+    dracut_module_included rootfs-block || for name in dracut-rootfs-generator systemd-gpt-auto-generator; do
+        mkdir -p "$initdir/etc/systemd/system-generators" &&
+            ln -sfn /dev/null "$initdir/etc/systemd/system-generators/$name" || exit 1
+    done
+}
+
+# Copies from the host, as dracut does with some, the users and groups that daemons in the initramfs run as. Status 1 if
+# the host lacks one: then the service that makes them has to run. (What basic.conf lists are those that every host has.)
+install_users() {
+    local file kind name rest list
+    for file in "$initdir"/usr/lib/sysusers.d/*.conf "$initdir"/etc/sysusers.d/*.conf; do
+        [[ -e $file && ${file##*/} != basic.conf ]] || continue
+        while read -r kind name rest; do
+            case $kind in
+                u*) list='passwd group' ;;
+                g*) list=group ;;
+                *) continue ;;
+            esac
+            for kind in $list; do
+                grep -qs "^$name:" "$initdir/etc/$kind" ||
+                    grep -s "^$name:" "${dracutsysrootdir-}/etc/$kind" >>"$initdir/etc/$kind" || return 1
+            done
+        done <"$file"
+    done
 }

@@ -2,13 +2,14 @@
 
 `./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone, `./build.sh bench packages` the RPMs.
 
-Prints medians, ratios and their spread; writes them to out/bench.json. Nothing here passes or fails: figures do not
-belong in a timed test.
+Prints medians, ratios and their spread; writes them to out/bench.json, and where the time of a boot goes as a plot
+beside it (--svg names another place). Nothing here passes or fails: figures do not belong in a timed test.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anchor_build import dracut, qemu
@@ -26,14 +27,18 @@ from anchor_build.console import Console, format_table
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, start, stop
 from contrib.site import image, pki, servers
-from tests.bench import crowd, fetch, packages
+from tests.bench import crowd, fetch, packages, plot
 
 # What systemd of any version says on the console, in the initramfs and in the booted system.
 SWITCH = re.compile(r"Switch Root")
 READY = re.compile(r"Reached target \S*multi-user\.target")
-FAILED = re.compile(r"emergency mode|Kernel panic|dracut: Refusing to continue|Timed out waiting|could not boot")
+FAILED = re.compile(
+    r"emergency mode|Kernel panic|Out of memory|dracut: Refusing to continue|Timed out waiting|could not boot"
+)
 BOOT_LIMIT_S = 180.0
-MEMORY_SIZES = [768, 512, 448, 384, 352, 320, 288, 256]
+# MB, between which the least memory is looked for, and how exactly.
+MEMORY_RANGE = (128, 1024)
+MEMORY_STEP = 16
 POLL_S = 0.05
 
 
@@ -49,10 +54,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Boot:
-    """Seconds from QEMU's start until the console shows switch_root, and multi-user."""
+    """Seconds from QEMU's start until the console shows switch_root, and multi-user; and those of each phase."""
 
     switch_root: float
     ready: float
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -65,7 +71,9 @@ def timed(action: Callable[[], object]) -> float:
 def boot(contender: Contender, kernel: Path, memory: str, work: Path) -> Boot:
     """Boot once; raises AnchorError with the end of the console when it does not come up in time."""
     console = work / "console.log"
-    console.write_bytes(b"")
+    events = work / "events"
+    for file in (console, events):
+        file.write_bytes(b"")
     machine = qemu.Machine(
         kernel,
         contender.initrd,
@@ -85,7 +93,7 @@ def boot(contender: Contender, kernel: Path, memory: str, work: Path) -> Boot:
                 if name not in seen and what.search(text):
                     seen[name] = time.monotonic() - began
             if "ready" in seen:
-                return Boot(**seen)
+                return Boot(**seen, phases=plot.phases(text, events.read_text(encoding="utf-8", errors="replace")))
             if FAILED.search(text):
                 break
             time.sleep(POLL_S)
@@ -123,16 +131,36 @@ def build_ours(site: image.SiteImage, ca: Path, output: Path, auth: str) -> None
     run([*argv, "--no-cache", "--ca", ca, "--kernel", site.kernel, "--modules", site.modules, "-o", output])
 
 
-def least_memory(contender: Contender, kernel: Path, work: Path, sizes: list[int]) -> int | None:
-    """Return the smallest of `sizes` (MB, descending) with which the node still comes up."""
-    least = None
-    for size in sizes:
+def least_memory(contender: Contender, kernel: Path, work: Path) -> int | None:
+    """Return the least memory in MB, to MEMORY_STEP, with which the node still comes up; nothing where it never does.
+
+    Each try takes BOOT_LIMIT_S at most, and there are as many as the halvings of MEMORY_RANGE.
+    """
+    low, high = (size // MEMORY_STEP for size in MEMORY_RANGE)
+    enough = None
+    while low < high:
+        middle = (low + high) // 2
         try:
-            boot(contender, kernel, f"{size}M", work)
+            boot(contender, kernel, f"{middle * MEMORY_STEP}M", work)
         except AnchorError:
-            break
-        least = size
-    return least
+            low = middle + 1
+        else:
+            high = middle
+            enough = middle * MEMORY_STEP
+    return enough
+
+
+def enlarge(site: image.SiteImage, megabytes: int, work: Path) -> image.SiteImage:
+    """Return the image with a file of random bytes added, so that it has about so many MB."""
+    large, padding = work / "large.squashfs", work / "padding"
+    large.write_bytes(site.squashfs.read_bytes())
+    with padding.open("wb") as file:
+        for _ in range(max(megabytes - large.stat().st_size // 1_000_000, 0)):
+            file.write(os.urandom(1_000_000))
+    run(["mksquashfs", padding, large, "-quiet", "-no-progress"])
+    padding.unlink()
+    with large.open("rb") as file:
+        return replace(site, squashfs=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def spread(values: list[float]) -> str:
@@ -176,24 +204,33 @@ def measure(
     with console.step("prepare the image and the servers"):
         key = image.login_key(cache)
         site = image.build_image(cache, authorized_key=key.with_suffix(".pub").read_text(encoding="utf-8"))
-        field = contenders(site, work, stack)
+        if options.image_mb:
+            site = enlarge(site, options.image_mb, work)
+        rivals = contenders(site, work, stack)
     ca = work / "pki" / "ca.crt"
     builders: dict[str, Callable[[], None]] = {
-        "livenet": lambda: build_livenet(site, field["livenet"].initrd, work),
-        "none": lambda: build_ours(site, ca, field["none"].initrd, "none"),
-        "acme": lambda: build_ours(site, ca, field["acme"].initrd, "acme"),
+        "livenet": lambda: build_livenet(site, rivals["livenet"].initrd, work),
+        "none": lambda: build_ours(site, ca, rivals["none"].initrd, "none"),
+        "acme": lambda: build_ours(site, ca, rivals["acme"].initrd, "acme"),
     }
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in field}
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in rivals}
+    phases: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
     for n in range(options.runs):
-        for name, contender in field.items():
+        for name, contender in rivals.items():
             with console.step(f"run {n + 1} of {options.runs}: build and boot {name}"):
                 seconds[name].setdefault("build s", []).append(timed(builders[name]))
-                result = boot(contender, site.kernel, "2G", work)
+                result = boot(contender, site.kernel, options.node_memory, work)
                 seconds[name].setdefault("switch_root s", []).append(result.switch_root)
                 seconds[name].setdefault("ready s", []).append(result.ready)
+                phases[name].append(result.phases)
+        # What an interrupted run has is not lost.
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"seconds": seconds, "phases": phases}) + "\n", encoding="utf-8")
     results: dict[str, dict[str, object]] = {}
-    for name, contender in field.items():
-        results[name] = {"initramfs MB": round(contender.initrd.stat().st_size / 1e6, 1)}
+    for name, contender in rivals.items():
+        size = contender.initrd.stat().st_size
+        results[name] = {"initramfs MB": round(size / 1e6, 1)}
+        results[name]["initramfs / livenet"] = round(size / rivals["livenet"].initrd.stat().st_size, 2)
         results[name] |= {what: spread(values) for what, values in seconds[name].items()}
         for what, values in seconds[name].items():
             base = seconds["livenet"][what]
@@ -201,9 +238,21 @@ def measure(
             results[name][what.replace(" s", " / livenet")] = spread(ratios)
         if options.memory:
             with console.step(f"least memory: {name}"):
-                results[name]["least memory MB"] = least_memory(contender, site.kernel, work, MEMORY_SIZES)
+                results[name]["least memory MB"] = least_memory(contender, site.kernel, work)
+        results[name] |= {f"{what} s": round(value, 2) for what, value in plot.medians(phases[name]).items()}
     results["image"] = {"initramfs MB": round(site.squashfs.stat().st_size / 1e6, 1)}
     return results
+
+
+def draw(results: dict[str, dict[str, object]], names: list[str]) -> str:
+    """Return the plot: the phases until switch_root where a node tells them, else one bar of the whole."""
+    bars: dict[str, dict[str, float]] = {}
+    for name in names:
+        known = {what: value for what in plot.COLOURS if isinstance(value := results[name].get(f"{what} s"), float)}
+        whole = float(str(results[name]["switch_root s"]).partition(" ")[0])
+        # What the node does not tell: firmware, boot loader, and with another initramfs all that follows the kernel.
+        bars[name] = {**known, "all": max(whole - sum(known.values()), 0.0)}
+    return plot.svg("Seconds from power on until switch_root", bars)
 
 
 def main() -> None:
@@ -215,6 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="build.sh bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="builds and boots of each contender")
     parser.add_argument("--memory", action="store_true", help="also look for the least memory that boots")
+    parser.add_argument("--image-mb", type=int, default=0, help="enlarge the image to so many MB, such as 1000")
+    parser.add_argument("--node-memory", default="2G", help="the nodes' memory, such as 4G for an image of 1000 MB")
+    parser.add_argument("--svg", type=Path, help="where the plot goes; beside --output without it")
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"), help="where the figures go as JSON")
     options = parser.parse_args()
     # What is measured does not depend on this host's profiles.
@@ -222,9 +274,9 @@ def main() -> None:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anchor-bench-")))
         results = measure(options, work, stack, Console())
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     names = [name for name in results if name != "image"]
+    (options.svg or options.output.with_suffix(".svg")).write_text(draw(results, names), encoding="utf-8")
     figures = list(dict.fromkeys(figure for name in names for figure in results[name]))
     rows = [[figure, *(results[name].get(figure, "") for name in names)] for figure in figures]
     print(f"image: {results['image']['initramfs MB']} MB squashfs")  # noqa: T201 - the result

@@ -242,6 +242,25 @@ def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
     assert content(built, "etc/systemd/system/dracut-initqueue.service.d/anchor.conf") == (
         b"[Unit]\nAfter=dracut-cmdline.service\n"
     )
+    hooks = content(built, "etc/systemd/system/dracut-cmdline.service").decode()
+    assert "dracut-pre-udev" not in hooks
+    assert "ExecStart=-/bin/dracut-cmdline" in hooks
+
+
+def test_udev_gets_to_the_network_card_without_detours(built: Built) -> None:
+    for unit in ("systemd-sysusers", "systemd-tmpfiles-setup-dev", "kmod-static-nodes"):
+        assert built.initramfs.members[f"etc/systemd/system/{unit}.service"].content == b"/dev/null"
+    for generator in ("dracut-rootfs-generator", "systemd-gpt-auto-generator"):
+        assert built.initramfs.members[f"etc/systemd/system-generators/{generator}"].content == b"/dev/null"
+    # What networkd and the rules of udev name is there without a service that makes it.
+    users, groups = (content(built, f"etc/{name}").decode() for name in ("passwd", "group"))
+    assert users.count("systemd-network:") == groups.count("systemd-network:") == 1
+    assert {"tty", "disk", "kmem"} <= {line.partition(":")[0] for line in groups.splitlines()}
+    trigger = content(built, "etc/systemd/system/systemd-udev-trigger.service").decode()
+    assert " --subsystem-nomatch=tty " in trigger
+    assert not any(
+        f"--subsystem-nomatch={name}" in trigger for name in ("pci", "virtio", "usb", "net", "block", "acpi")
+    )
 
 
 def test_modes_do_not_depend_on_the_umask(built: Built) -> None:

@@ -584,6 +584,28 @@ def test_a_digest_is_the_same_without_openssl(node: Node) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("processor", "program"),
+    [
+        ("flags\t\t: fpu sse2 sha_ni avx2\n", "openssl"),
+        ("flags\t\t: fpu sse2 sha_ni\n", "openssl"),
+        ("flags\t\t: fpu sse2 avx2\n", "sha256sum"),
+        ("Features\t: fp asimd sha1 sha2 crc32\n", "openssl"),
+        ("Features\t: fp asimd\n", "sha256sum"),
+        ("isa\t: rv64imafdc\n", "openssl"),
+    ],
+)
+def test_the_processors_instructions_choose_the_digests_program(node: Node, processor: str, program: str) -> None:
+    (node.shell.root / "proc/cpuinfo").write_text(f"processor\t: 0\n{processor}\nprocessor\t: 1\n")
+    used = node.shell.root / "used"
+    setup = "".join(
+        f'{each}() {{ echo {each} >>"{used}"; command {each} "$@"; }}\n' for each in ("openssl", "sha256sum")
+    )
+    done = node.fetch('printf hello >>"$2"', sha256=digest(b"hello"), setup=setup)
+    assert done.returncode == 0, done.stderr
+    assert used.read_text().split() == [program]
+
+
 def test_without_sha256sum_nothing_is_accepted(node: Node) -> None:
     done = node.fetch('printf hello >>"$2"', setup="openssl() { return 127; }\nsha256sum() { return 127; }")
     assert done.returncode == 1

@@ -52,6 +52,9 @@ class InitramfsBuild:
     # More drivers by name, and the set that they are added to.
     drivers: tuple[str, ...] = ()
     driver_set: DriverSet = NETWORK_DRIVERS
+    # The dracut module that brings up the network, or "" for the core's choice; whether systemd runs in the initramfs.
+    network: str = ""
+    systemd: bool = True
     copy_kernel: bool = True
     compress: str | None = None
     # The SHA-256 of more inputs by their role: the profile.
@@ -127,9 +130,10 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
         for module in stage.dracut:
             if not module.endswith("?") and not installed.has_module(module):
                 deb, rpm = dracut.module_packages(module)
-                problems.append(
-                    f"{stage.id}: this dracut has no module {module}: install {deb} (deb) or {rpm} (rpm){where}"
-                )
+                which = f"dracut {installed.version_text}{where}" if where else "this dracut"
+                problems.append(f"{stage.id}: {which} has no module {module}: install {deb} (deb) or {rpm} (rpm)")
+    if problem := dracut.network_problem(installed, build.network, systemd=build.systemd):
+        problems.append(problem)
     known = build.kernel.driver_names() | build.kernel.builtin_names()
     wanted = [(stage.id, driver) for stage in build.plan.all for driver in stage.drivers]
     wanted += [("--drivers", driver) for driver in build.driver_set.drivers]
@@ -203,7 +207,7 @@ def _prepare(
     root = build.kernel.root
     # What lies in the work directory, as dracut sees it; in another system, the output too.
     seen = work if root.is_host else WORK
-    dracut.make_base(installed, modules, work / "dracut", build.driver_set.without)
+    dracut.make_base(installed, modules, work / "dracut", build.driver_set.without, systemd=build.systemd)
     etc, config = work / "etc", work / "dracut.conf"
     etc.mkdir()
     for name, content in site.items():
@@ -214,7 +218,9 @@ def _prepare(
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
-        modules=dracut.choose_modules(installed, build.plan, build.driver_set.modules),
+        modules=dracut.choose_modules(
+            installed, build.plan, build.driver_set.modules, network=build.network, systemd=build.systemd
+        ),
         drivers=wanted_names((*build.driver_set.drivers, *build.drivers), build.kernel.driver_names()),
         compress=build.compress or dracut.choose_compression(build.kernel, root),
         base=seen / "dracut",

@@ -26,11 +26,27 @@ NETWORK_MODULES = (
 )
 # What every one of these builds needs besides the stages' own modules, where this dracut has it.
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
+# The modules of dracut that can bring up the network, one of which an initramfs has.
+BACK_ENDS = ("systemd-networkd", "network-manager", "network-legacy")
 EMPTY_MODULE = "#!/bin/bash\ncheck() {\n    return 255\n}\ninstall() {\n    :\n}\n"
 VERSION = re.compile(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)")
 DPKG_VERSION = re.compile(r"^Package: dracut-core\n(?:[^\n]+\n)*?Version: ([0-9]+)([^\s]*)", re.MULTILINE)
 # the second one where /lib is not a link to /usr/lib
 NETWORKD = (Path("/usr/lib/systemd/systemd-networkd"), Path("/lib/systemd/systemd-networkd"))
+# What each back end cannot do without: where it may be, what it is, and the packages that have it (deb, rpm).
+NETWORK_PROGRAMS = {
+    "systemd-networkd": (NETWORKD, "systemd-networkd", "systemd (deb) or systemd-networkd (rpm)"),
+    "network-manager": (
+        tuple(Path(top) / "nm-initrd-generator" for top in ("/usr/libexec", "/usr/lib", "/usr/lib/NetworkManager")),
+        "nm-initrd-generator",
+        "network-manager (deb) or NetworkManager (rpm)",
+    ),
+    "network-legacy": (
+        (Path("/usr/sbin/dhclient"), Path("/sbin/dhclient")),
+        "dhclient",
+        "isc-dhcp-client (deb) or dhcp-client (rpm)",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -110,18 +126,43 @@ def _dpkg_status(root: Root) -> str:
         return ""
 
 
-def choose_modules(dracut: Dracut, plan: Plan, more: Sequence[str] = ()) -> tuple[str, ...]:
+def choose_modules(
+    dracut: Dracut, plan: Plan, more: Sequence[str] = (), *, network: str = "", systemd: bool = True
+) -> tuple[str, ...]:
     """Return the dracut modules to name: ours, the system's kind of sh, and systemd where it is installed; and `more`.
 
-    The core's own module says which network module it needs.
+    Without `network`, one of BACK_ENDS, the core's own module says which one it needs.
     """
-    ours = (*(stage.module for stage in plan.all), *more)
+    ours = (*([network] if network else []), *(stage.module for stage in plan.all), *more)
     if dracut.root.at("/bin/sh").resolve().name == "dash" and dracut.has_module("dash"):
         # Where the system's sh is dash the node's is too: dracut would prefer bash, which starts half as fast.
         ours = ("dash", *ours)
-    if has_networkd(dracut.root) and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
+    if systemd and has_networkd(dracut.root) and all(dracut.has_module(name) for name in SYSTEMD_MODULES):
         return (*SYSTEMD_MODULES, *ours)
     return ours
+
+
+def network_problem(dracut: Dracut, network: str, *, systemd: bool) -> str:
+    """Return why this dracut cannot bring up the network as it was asked to, with what to do; "" where it can."""
+    where = "" if dracut.root.is_host else f" in {dracut.root.name}"
+    offered = [name for name in BACK_ENDS if dracut.has_module(name) and (systemd or name != BACK_ENDS[0])]
+    instead = f"; it has {', '.join(offered)}" if offered else ""
+    if network == BACK_ENDS[0] and not systemd:
+        return f"--network {network} needs systemd in the initramfs: leave out --no-systemd"
+    if network == "network-legacy" and not dracut.has_module(network) and dracut.has_module("network"):
+        return (
+            f"--network {network}: dracut {dracut.version_text}{where} has no module {network}, which dracut no longer"
+            f" installs by default since 110{instead}"
+        )
+    if network and not dracut.has_module(network):
+        return (
+            f"--network {network}: dracut {dracut.version_text}{where} has no module {network}{instead};"
+            " install dracut-network"
+        )
+    program = NETWORK_PROGRAMS.get(network)
+    if program and not any(dracut.root.at(path).exists() for path in program[0]):
+        return f"--network {network}: {program[1]} is missing{where}: install {program[2]}"
+    return ""
 
 
 def has_networkd(root: Root) -> bool:
@@ -136,11 +177,19 @@ def choose_compression(kernel: Kernel, root: Root = HOST) -> str:
     return "pigz -6" if root.find_program("pigz") else "gzip -6"
 
 
-def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path, without: Sequence[str] = ()) -> None:
+def make_base(
+    dracut: Dracut,
+    modules: Sequence[RenderedModule],
+    directory: Path,
+    without: Sequence[str] = (),
+    *,
+    systemd: bool = True,
+) -> None:
     """Make a private base directory: links to the installed dracut, and the rendered modules among its modules.
 
     A build thus needs no installed module and writes nothing below /usr. Installed modules that are named in `without`
-    are there and bring nothing, since others ask for them.
+    are there and bring nothing, since others ask for them. Without `systemd` its modules are not there at all: the
+    others look whether they are.
     """
     tree = directory / "modules.d"
     tree.mkdir(parents=True)
@@ -156,6 +205,8 @@ def make_base(dracut: Dracut, modules: Sequence[RenderedModule], directory: Path
     for path in sorted((installed / "modules.d").iterdir()):
         # An older installed copy of one of our modules must not win over the rendered one.
         name = re.sub(r"^[0-9]+", "", path.name)
+        if not systemd and (name in SYSTEMD_MODULES or name.startswith("systemd-")):
+            continue
         if name in without:
             (tree / path.name).mkdir()
             (tree / path.name / "module-setup.sh").write_text(EMPTY_MODULE, encoding="utf-8")

@@ -79,6 +79,7 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
         "ca": build.ca.decode("latin-1"),
         "manifest": [[key.pem for key in build.manifest_keys], build.manifest_since],
         "drivers": [build.drivers, repr(build.driver_set)],
+        "network": [build.network, build.systemd],
         "compress": build.compress,
         "inputs": dict(build.inputs),
         "warnings": build.warnings,

@@ -76,6 +76,16 @@ DRIVERS_HELP = (
     help="More kernel drivers, separated by spaces or commas.",
 )
 @click.option(
+    "--network",
+    type=click.Choice(["systemd-networkd", "network-manager", "network-legacy"]),
+    help="What brings up the network. Default: systemd-networkd where it is installed, else what dracut takes.",
+)
+@click.option(
+    "--systemd/--no-systemd",
+    default=True,
+    help="Whether systemd runs in the initramfs, where it is installed, or dracut's own script. Default: it does.",
+)
+@click.option(
     "--compress",
     metavar="COMMAND",
     help="Compression, as dracut's --compress. Default: zstd, if the kernel can.",
@@ -107,6 +117,8 @@ def command(
     settings: tuple[str, ...],
     drivers: str,
     add_drivers: tuple[str, ...],
+    network: str | None,
+    systemd: bool,
     compress: str | None,
     output: Path | None,
     no_cache: bool,
@@ -163,6 +175,8 @@ def command(
             manifest_since=read_since(manifest_since) if manifest_since else None,
             drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
             driver_set=driver_set(drivers),
+            network=network or "",
+            systemd=systemd,
             copy_kernel=copy_kernel,
             compress=compress,
             inputs=used_profile(),

@@ -1,6 +1,11 @@
-# Prints the module that configures the network. systemd-networkd needs nothing else of dracut and has an address
+# Prints the module that configures the network: the one that was asked for by name, which dracut's network module goes
+# with; else systemd-networkd if there can be one. systemd-networkd needs nothing else of dracut and has an address
 # seconds before the others; ip=, vlan= and bond= are read by systemd's own generator.
 network_module() {
+    local name asked=" ${dracutmodules-} ${add_dracutmodules-} ${force_add_dracutmodules-} "
+    for name in network-manager network-legacy connman; do
+        [[ $asked != *" $name "* ]] || { printf 'network\n' && return; }
+    done
     if [[ -x ${dracutsysrootdir-}$systemdutildir/systemd-networkd && -x ${dracutsysrootdir-}$systemdutildir/systemd-network-generator ]] &&
         compgen -G "$dracutbasedir/modules.d/[0-9][0-9]systemd-networkd" >/dev/null; then
         printf 'systemd-networkd\n'
@@ -56,6 +61,12 @@ install_network() {
         return
     fi
     inst_simple "$moddir/${network_file[0]}" "${network_file[1]}" || exit 1
+    # It turns ip=, vlan= and bond= into networkd's files; dracut before 053 leaves it out.
+    if [[ ! -e $initdir$systemdutildir/systemd-network-generator ]]; then
+        inst_multiple "$systemdutildir/systemd-network-generator" \
+            "$systemdsystemunitdir/systemd-network-generator.service" || exit 1
+        "${SYSTEMCTL:-systemctl}" -q --root "$initdir" enable systemd-network-generator.service || exit 1
+    fi
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
 }

@@ -34,7 +34,7 @@ PACKAGES = (
 # What only some releases have: systemd's resolver as a package of its own, the client of network-legacy.
 MORE = {
     "bullseye": ("isc-dhcp-client",),
-    "bookworm": ("systemd-resolved", "isc-dhcp-client"),
+    "bookworm": ("systemd-resolved", "isc-dhcp-client", "procps"),
     "trixie": ("systemd-resolved", "isc-dhcp-client"),
     "forky": ("systemd-resolved",),
 }

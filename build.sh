@@ -1,6 +1,7 @@
 #!/bin/bash
 # Usage: build.sh demo [--keep | --stop]      boot a diskless node here, with everything it needs
 #        build.sh test [--fast | PYTEST ARGS] run the tests; --fast leaves out boots and slow ones
+#        build.sh test --matrix [PYTEST ARGS] boot every generation of dracut, and write doc/generations.md
 #        build.sh bench [fetch | crowd | packages] [ARGS] measure build and boot, a download, many at once, or RPMs
 #        build.sh [ARGS]                      anchor-build ARGS; without ARGS build the RPMs
 #
@@ -36,6 +37,7 @@ main() {
             # It has installed what the tests need: a test that finds a program missing has failed.
             export ANCHOR_BUILD_SH=1
             # Two nodes boot side by side; a file's tests share their servers and initramfs.
+            [[ ${1:-} == --matrix ]] && shift && run_matrix "$@"
             exec "$venv/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
             ;;
         bench)
@@ -53,6 +55,15 @@ main() {
             exec "$venv/bin/anchor-build" "$@"
             ;;
     esac
+}
+
+# run_matrix ARGS…: boot what test_generations.py has, side by side, and write down what came of it.
+run_matrix() {
+    local status=0
+    ANCHOR_MATRIX=1 "$venv/bin/python" -m pytest --numprocesses 2 --dist load --maxschedchunk 1 \
+        tests/integration/test_generations.py "$@" || status=$?
+    "$venv/bin/python" -m tests.integration.generations_table
+    exit "$status"
 }
 
 # asks_for_rpm ARGS…: whether anchor-build's command is rpm, whatever options stand before it.

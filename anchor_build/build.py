@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,11 @@ OUTPUT = "initramfs.img"
 NETWORK_DRIVERS = DriverSet()
 # How many drivers without their firmware a warning names.
 SHOWN = 5
+# What dracut says of a module that it leaves out.
+LEFT_OUT = re.compile(
+    r"[Mm]odule '([^'\n]+)' (?:will not be installed, because command '([^'\n]+)' could not be found"
+    r"|depends on (?:module )?'([^'\n]+)', which can't be installed)"
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,6 @@ def build_time(build: InitramfsBuild) -> int:
 
 def _newest_certificate(bundle: bytes) -> int:
     """Return the latest start of validity in a CA bundle: before it, a node could trust nobody."""
-    import re
     import ssl
 
     newest = 0
@@ -261,6 +266,14 @@ def _dracut_hint(output: str) -> str:
         return "make room in the cache directory (XDG_CACHE_HOME) and where the output goes"
     if "Permission denied" in output:
         return "dracut reads files that only root may read here: run it as root"
+    left_out = LEFT_OUT.search(output)
+    if left_out:
+        # Whatever needs this module is left out for this reason, too; dracut names the first one first.
+        hint = f"dracut's module {left_out[1]} cannot be there: "
+        if left_out[2]:
+            return hint + f"{left_out[2]} is missing; install the package that has it"
+        systemd = "; leave out --no-systemd, or choose another --network" if left_out[3] == "systemd" else ""
+        return hint + f"it needs the module {left_out[3]}{systemd}"
     return "run again with -v to see all that dracut says"
 
 

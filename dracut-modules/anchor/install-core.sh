@@ -57,6 +57,7 @@ install_network() {
     # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
     inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
     if ! dracut_module_included systemd-networkd; then
+        ! dracut_module_included network-manager || install_network_manager
         dracut_need_initqueue
         return
     fi
@@ -69,6 +70,21 @@ install_network() {
     fi
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
+}
+
+# dracut 051 looks for NetworkManager's programs in one directory only, which is not Debian's, and goes on without them.
+install_network_manager() {
+    local name directory
+    for name in nm-initrd-generator nm-dhcp-helper; do
+        [[ ! -e $initdir/usr/libexec/$name && ! -e $initdir/usr/lib/NetworkManager/$name && ! -e $initdir/usr/lib/$name ]] ||
+            continue
+        for directory in /usr/lib/NetworkManager /usr/lib; do
+            [[ -x ${dracutsysrootdir-}$directory/$name ]] || continue
+            inst "$directory/$name" || exit 1
+            [[ $name == nm-dhcp-helper ]] || inst "$directory/$name" "/usr/libexec/$name" || exit 1
+            break
+        done
+    done
 }
 
 # dracut starts udev when its cmdline hooks are done, which costs a boot a second. Where no module has a hook that udev

@@ -91,7 +91,7 @@ def refusals() -> list[Refusal]:
         for suite in (DRACUT if is_whole() else ("bookworm",))
     ]
     found += [
-        Refusal(suite, "network-manager", "script", "'network-manager' depends on 'dbus', which can't be installed")
+        Refusal(suite, "network-manager", "script", "module dbus-daemon cannot be there: it needs the module systemd")
         for suite in (("bookworm", "trixie") if is_whole() else ("bookworm",))
     ]
     if is_whole():

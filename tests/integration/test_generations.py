@@ -232,4 +232,4 @@ def test_the_build_says_what_a_generation_cannot_do(refusal: table.Refusal, site
     assert refusal.says in done.stderr
     assert list(tmp_path.iterdir()) == []
     said = next(line for line in done.stderr.splitlines() if refusal.says in line)
-    table.record_refusal(refusal, said.removeprefix("error: ").strip())
+    table.record_refusal(refusal, said.removeprefix("error: ").removeprefix("hint: ").replace(f" in {root_of(combination)}", ""))

@@ -213,6 +213,10 @@ anchor_net__known() {
         "$root"/run/NetworkManager/*.lease "$root"/var/lib/NetworkManager/*.lease; do
         [ -n "$1" ] && anchor_net__value "$file" "$1" && printf '%s\n' "$anchor_net__value"
     done
+    case $1 in
+        HOSTNAME) anchor_net__lease 12 ;;
+        DOMAINNAME) anchor_net__lease 15 ;;
+    esac
     for file in "$root"/tmp/dhclient.*.dhcpopts; do
         anchor_net__value "$file" "$2" && printf '%s\n' "$anchor_net__value"
     done
@@ -221,6 +225,22 @@ anchor_net__known() {
     done
     for file in "$root"/tmp/net.*.resolv.conf "$root"/run/NetworkManager/resolv.conf; do
         [ -n "$4" ] && anchor_net__lines "$file" "$4"
+    done
+    return 0
+}
+
+# usage: anchor_net__lease CODE
+# Prints the value of a DHCP option in each lease of systemd-networkd from 261 on, which no longer writes leases to /run;
+# what it writes about a link has no host name. Its lines are: code, name of one or more words, value.
+anchor_net__lease() {
+    local link code rest
+    command -v networkctl >/dev/null 2>&1 || return 0
+    for link in "${ANCHOR_ROOT:-}"/run/systemd/netif/links/*; do
+        [ -f "$link" ] && [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
+        timeout 5 networkctl --no-pager --no-legend --full dhcp-lease "${link##*/}" 2>/dev/null |
+            while read -r code rest; do
+                [ "$code" != "$1" ] || printf '%s\n' "${rest##* }"
+            done
     done
     return 0
 }

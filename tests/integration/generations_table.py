@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.conftest import TOP
@@ -22,6 +21,8 @@ BACK_ENDS = {
 }
 # The kinds of network, and whether the node proves who it is. (The site's ACME server cannot reach a node over IPv6.)
 NETWORKS = {"dhcp": "acme", "static": "none", "ipv6": "none", "vlan": "acme", "bond": "none"}
+# the version of systemd in each root
+SYSTEMD = {"bullseye": "247", "bookworm": "252", "trixie": "257", "forky": "262"}
 # Pairs that the rule above leaves out.
 MORE = (
     ("bullseye", "network-legacy", "systemd", "bash", "none", "dhcp"),
@@ -145,14 +146,16 @@ def page() -> str:
             seen[0] += 1
             values += ["boots", f"{kept['switched_ms'] / 1000:.1f}", f"{kept['ready_ms'] / 1000:.1f}"]
         if kept:
-            versions[combination.suite] = (kept["dracut"], kept["kernel"], kept.get("systemd", ""))
+            versions[combination.suite] = (kept["dracut"], kept["kernel"], SYSTEMD[combination.suite])
         rows.append(values)
     lines = [INTRODUCTION, _table(["release", "dracut", "kernel", "systemd"], [[k, *v] for k, v in versions.items()])]
     lines += ["", "## Boots", "", f"{seen[0]} boot, {seen[1]} failed, {seen[2]} were not run.", ""]
     heads = ["release", "network back end", "init", "sh", "auth", "network", "result", "switch_root s", "ready s"]
     lines += [_table(heads, rows), "", "## What a generation cannot do", "", REFUSED, ""]
-    told = [[r.suite, r.back_end, r.init, (_read(f"refused-{r.suite}-{r.back_end}-{r.init}") or {}).get("said", "")]
-            for r in refusals()]
+    told = [
+        [r.suite, r.back_end, r.init, (_read(f"refused-{r.suite}-{r.back_end}-{r.init}") or {}).get("said", "")]
+        for r in refusals()
+    ]
     lines.append(_table(["release", "network back end", "init", "what the build says"], told))
     return "\n".join(lines) + "\n"
 
@@ -166,10 +169,10 @@ INTRODUCTION = """\
 # Generations of dracut
 
 Which generations of dracut boot, over which network back end, in which network. `./build.sh test --matrix` runs all of
-this in QEMU and writes this page; `./build.sh test` runs a subset of it on Debian bookworm. Each initramfs is built with
-`anchor-build initramfs --sysroot` in a root of that release, and boots with that root's kernel; what it boots is the
-demo's root image, to multi-user. dracut's network back end is chosen by `--network`, and `--no-systemd` leaves systemd out
-of the initramfs.
+this in QEMU and writes this page; `./build.sh test` runs a subset of it on Debian bookworm. Each initramfs is built
+with `anchor-build initramfs --sysroot` in a root of that release, and boots with that root's kernel; what it boots is the
+demo's root image, to multi-user. dracut's network back end is chosen by `--network`, and `--no-systemd` leaves systemd
+out of the initramfs.
 
 Every back end of every generation meets every kind of network. What remains is dealt out so that every generation boots
 each value of it: systemd or dracut's own script in the initramfs, dash or bash as `/bin/sh`, with and without ACME. The

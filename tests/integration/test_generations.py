@@ -1,10 +1,10 @@
 """Each generation of dracut boots to multi-user, over each network back end that it has, in every kind of network.
 
-The initramfs of each is built in a root of that generation, and boots with that root's kernel. The full cross product of
-all dimensions would be some 600 boots. Instead each back end of each generation meets each kind of network, and what
+The initramfs of each is built in a root of that generation, and boots with that root's kernel. The full cross product
+of all dimensions would be some 600 boots. Instead each back end of each generation meets each kind of network, and what
 remains (systemd in the initramfs or dracut's script, dash or bash, with or without ACME) is dealt out so that every
-generation boots each value of it: see `combinations`. What a generation does not have is asked for too: the build has to
-say why. `./build.sh test --matrix` runs all and writes doc/generations.md; else a subset runs, marked with `short`.
+generation boots each value of it: see `combinations`. What a generation does not have is asked for too: the build has
+to say why. `./build.sh test --matrix` runs all and writes doc/generations.md; else a subset runs, SHORT.
 """
 
 from __future__ import annotations
@@ -82,7 +82,18 @@ def root_of(combination: Combination) -> Path:
 
 def command(combination: Combination, site: Site, output: Path) -> list[str]:
     """Return the command that a user would run for it."""
-    argv = [sys.executable, "-m", "anchor_build", "initramfs", "--auth", "acme", "--auth", "none", "--image", "squashfs"]
+    argv = [
+        sys.executable,
+        "-m",
+        "anchor_build",
+        "initramfs",
+        "--auth",
+        "acme",
+        "--auth",
+        "none",
+        "--image",
+        "squashfs",
+    ]
     argv += ["--sysroot", str(root_of(combination)), "--network", combination.back_end]
     argv += ["--systemd" if combination.init == "systemd" else "--no-systemd"]
     return [*argv, "--ca", str(site.authority.certificate), "-o", str(output)]
@@ -114,9 +125,10 @@ def switch(node: Path, uplink: Path) -> Iterator[None]:
     """
     tag = bytes.fromhex("8100") + VLAN.to_bytes(2, "big")
     over = threading.Event()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inner, socket.socket(
-        socket.AF_UNIX, socket.SOCK_DGRAM
-    ) as outer:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inner,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outer,
+    ):
         for port, path in ((inner, node), (outer, uplink)):
             port.bind(f"{path}.peer")
             port.settimeout(0.2)
@@ -221,9 +233,7 @@ def test_it_boots_to_multi_user(
     assert network["address"].startswith(address)
 
 
-@pytest.mark.parametrize(
-    "refusal", [pytest.param(r, id=f"{r.suite}-{r.back_end}-{r.init}") for r in table.refusals()]
-)
+@pytest.mark.parametrize("refusal", [pytest.param(r, id=f"{r.suite}-{r.back_end}-{r.init}") for r in table.refusals()])
 def test_the_build_says_what_a_generation_cannot_do(refusal: table.Refusal, site: Site, tmp_path: Path) -> None:
     combination = Combination(refusal.suite, refusal.back_end, refusal.init, "dash", "none", "dhcp")
     output = tmp_path / "node.img"
@@ -232,4 +242,6 @@ def test_the_build_says_what_a_generation_cannot_do(refusal: table.Refusal, site
     assert refusal.says in done.stderr
     assert list(tmp_path.iterdir()) == []
     said = next(line for line in done.stderr.splitlines() if refusal.says in line)
-    table.record_refusal(refusal, said.removeprefix("error: ").removeprefix("hint: ").replace(f" in {root_of(combination)}", ""))
+    table.record_refusal(
+        refusal, said.removeprefix("error: ").removeprefix("hint: ").replace(f" in {root_of(combination)}", "")
+    )

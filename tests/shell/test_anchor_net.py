@@ -264,6 +264,17 @@ def test_name_from_dhcp_has_the_domain(shell: Shell, source: str) -> None:
         assert (done.returncode, done.stdout) == (0, "node07.cluster.example\n")
 
 
+def test_name_from_a_lease_that_only_networkctl_shows(shell: Shell) -> None:
+    # Recorded from systemd 262, which writes no leases to /run.
+    lease = "   Hardware Type: ETHER\n\n 1 subnet mask        255.255.255.0\n12 hostname           node07\n"
+    lease += "15 domain name        cluster.example\n51 lease time         1d\n"
+    write(shell.root, {"run/systemd/netif/links/2": LINK, "lease": lease})
+    write(shell.root, {"bin/networkctl": f'#!/bin/sh\n[ "${{*##* }}" ] && cat {shell.root}/lease\n'})
+    (shell.root / "bin/networkctl").chmod(0o755)
+    done = run(shell, 'PATH="$ANCHOR_ROOT/bin:$PATH"\nanchor_net_hostname', unshare=())
+    assert (done.returncode, done.stdout) == (0, "node07.cluster.example\n")
+
+
 @pytest.mark.parametrize(
     ("cmdline", "name"),
     [

@@ -170,7 +170,7 @@ INTRODUCTION = """\
 
 Which generations of dracut boot, over which network back end, in which network. `./build.sh test --matrix` runs all of
 this in QEMU and writes this page; `./build.sh test` runs a subset of it on Debian bookworm. Each initramfs is built
-with `anchor-build initramfs --sysroot` in a root of that release, and boots with that root's kernel; what it boots is the
+with `anchor-build initramfs --sysroot` in a root of that release, and boots with that root's kernel; it boots the
 demo's root image, to multi-user. dracut's network back end is chosen by `--network`, and `--no-systemd` leaves systemd
 out of the initramfs.
 

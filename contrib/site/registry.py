@@ -23,6 +23,7 @@ from anchor_build.run import run
 from contrib.site import pki, servers
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 SERVICE = "registry of the site"
 ISSUER = "token service of the site"

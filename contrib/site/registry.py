@@ -167,7 +167,7 @@ class TokenService(ThreadingHTTPServer):
         return f"{signed}.{_base64url(self._sign(signed))}"
 
     def _sign(self, text: str) -> bytes:
-        """Return r and s of ECDSA with SHA-256, 32 bytes each (RFC 7518, 3.4): openssl gives them as two DER integers."""
+        """Return r and s of ECDSA with SHA-256, 32 bytes each (RFC 7518, 3.4); openssl gives two DER integers."""
         out = run(["openssl", "dgst", "-sha256", "-hex", "-sign", self.signer.key], input_text=text).stdout
         der = bytes.fromhex(out.rsplit("= ", 1)[-1].strip())
         r_end = 4 + der[3]
@@ -176,7 +176,7 @@ class TokenService(ThreadingHTTPServer):
 
 
 class TokenRequest(BaseHTTPRequestHandler):
-    """GET /token?service=…&scope=…"""
+    """One question for a token: `GET /token?service=SERVICE&scope=SCOPE`."""
 
     server: TokenService
     timeout = 20
@@ -201,7 +201,7 @@ class TokenRequest(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *words: object) -> None:  # noqa: A002 - the base class's name
         """Keep quiet."""
 
 

@@ -280,6 +280,7 @@ def swift_s3(
 def running(
     argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, outlive: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
+    """Run a server until the body is left, or longer with `outlive`; see this module's own text."""
     child = start(argv, env=env, log=log, tied=not outlive)
     let_go = False
     try:
@@ -293,6 +294,7 @@ def running(
 
 
 def wait_for(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bool], log: Path) -> None:
+    """Return when the server answers; raises AnchorError when one of its processes ends, or START_TIMEOUT is over."""
     deadline = time.monotonic() + START_TIMEOUT
     while not answers():
         late = time.monotonic() > deadline
@@ -304,6 +306,7 @@ def wait_for(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bo
 
 
 def accepts(port: int) -> bool:
+    """Whether somebody listens at a port of 127.0.0.1."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except OSError:

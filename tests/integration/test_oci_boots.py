@@ -1,4 +1,4 @@
-"""A node that boots the site's root from a registry with a password: as tar layers, the second of which takes away from the first."""
+"""A node that boots the site's root from a registry with a password, as two tar layers."""
 
 from __future__ import annotations
 

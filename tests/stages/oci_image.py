@@ -116,7 +116,7 @@ def facts_of(root: str) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     paths = [root]
     for top, directories, files in os.walk(root):
-        paths += [os.path.join(top, name) for name in (*directories, *files)]
+        paths += [f"{top}/{name}" for name in (*directories, *files)]
     for path in paths:
         name = os.path.relpath(path, root)
         status = os.lstat(path)
@@ -125,7 +125,7 @@ def facts_of(root: str) -> dict[str, list[Any]]:
         if stat.S_ISREG(status.st_mode):
             content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         elif stat.S_ISLNK(status.st_mode):
-            content = os.readlink(path)
+            content = str(Path(path).readlink())
         kept = {key: value for key, value in xattrs.items() if not key.startswith("user.umoci.")}
         device = status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0
         time = 0 if stat.S_ISDIR(status.st_mode) else int(status.st_mtime)
@@ -153,7 +153,7 @@ def main() -> None:
     """Print the facts of the tree that is the only argument."""
     import sys
 
-    print(json.dumps(facts_of(sys.argv[1])))
+    sys.stdout.write(json.dumps(facts_of(sys.argv[1])))
 
 
 if __name__ == "__main__":

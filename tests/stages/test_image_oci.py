@@ -1,4 +1,4 @@
-"""image oci: real images in a real registry, mounted in a namespace of each test's own, compared with what umoci unpacks."""
+"""image oci: real images in a real registry, mounted in a mount namespace, compared with what umoci unpacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from contrib.site import pki
-from contrib.site import registry as site_registry
 from contrib.site.registry import CONFIG, INDEX, MANIFEST, PASSWORD, USER, Registry, registry
 from tests.shell.conftest import SHELLS, TOP, Shell
 from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push, unpacked_by_umoci
@@ -27,9 +26,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 STAGE = TOP / "dracut-modules/image-oci/stage.sh"
+WRONG = "not " + PASSWORD
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SCRIPT = """
-. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$LIB/anchor-http.sh" && . "$LIB/anchor-oci.sh" && . "$STAGE" || exit 9
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$LIB/anchor-http.sh" && . "$LIB/anchor-oci.sh" || exit 9
+. "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10 LOWER=$ANCHOR_ROOT/run/anchor/lower
@@ -220,7 +221,10 @@ def test_the_step_says_what_was_booted(dash: Node, layers: list[Layer]) -> None:
 
 def test_running_again_changes_nothing_and_no_secret_is_left(dash: Node, layers: list[Layer]) -> None:
     digest = push(dash.site.plain, "team/again", layers)
-    again = 'anchor_oci_run && anchor_oci_mount "$LOWER" || exit 1; ls -A "$ANCHOR_ROOT/run/anchor"; cat "$LOWER/last"; touch "$LOWER/x"'
+    again = """
+    anchor_oci_run && anchor_oci_mount "$LOWER" || exit 1
+    ls -A "$ANCHOR_ROOT/run/anchor"; cat "$LOWER/last"; touch "$LOWER/x"
+    """
     image = f"https://{dash.site.token.host}/team/again@sha256:{digest}"
     done = dash.run(image, again, user=USER, password=PASSWORD)
     assert done.stdout.split() == ["boot.log", "credentials", "image", "lower", "steps", "3"], done.stderr
@@ -279,16 +283,16 @@ def test_credentials_from_auth_come_first(dash: Node, layers: list[Layer]) -> No
     secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     file = dash.shell.root / "run/anchor/credentials/registry.json"
     file.write_text(json.dumps({"auths": {dash.site.token.host: {"auth": secret}}}))
-    assert "etc/passwd" in dash.facts(f"https://{dash.site.token.host}/team/private:v1", user="other", password="x")
+    assert "etc/passwd" in dash.facts(f"https://{dash.site.token.host}/team/private:v1", user="other", password=WRONG)
 
 
 def test_without_the_right_credentials_the_reason_is_said(dash: Node, layers: list[Layer]) -> None:
     push(dash.site.plain, "team/private", layers[:1])
     image = f"https://{dash.site.basic.host}/team/private:v1"
     dash.refused(image, "wants a user and a password", "doc/oci.md")
-    dash.refused(image, "other credentials than the user node17", user=USER, password="wrong")
+    dash.refused(image, "other credentials than the user node17", user=USER, password=WRONG)
     image = f"https://{dash.site.token.host}/team/private:v1"
-    dash.refused(image, "gives no token to the user node17", user=USER, password="wrong")
+    dash.refused(image, "gives no token to the user node17", user=USER, password=WRONG)
 
 
 def test_the_nodes_platform_is_taken_from_an_index(dash: Node, layers: list[Layer]) -> None:

@@ -132,29 +132,29 @@ anchor_oci_open() {
     anchor_fail "there is no reference to an image"
 }
 
-# usage: anchor_oci_platform
-# Sets anchor_oci_platform to this node's, as OS/ARCHITECTURE[/VARIANT] in Go's words, which OCI uses.
-anchor_oci_platform() {
-    anchor_oci_platform=$(uname -m)
-    case $anchor_oci_platform in
-        x86_64) anchor_oci_platform=amd64 ;;
-        aarch64) anchor_oci_platform=arm64 ;;
-        armv7l) anchor_oci_platform=arm/v7 ;;
-        armv6l) anchor_oci_platform=arm/v6 ;;
-        i?86) anchor_oci_platform=386 ;;
+# usage: anchor_oci_here
+# Sets anchor_oci_wanted to this node's, as OS/ARCHITECTURE[/VARIANT] in Go's words, which OCI uses.
+anchor_oci_here() {
+    anchor_oci_wanted=$(uname -m)
+    case $anchor_oci_wanted in
+        x86_64) anchor_oci_wanted=amd64 ;;
+        aarch64) anchor_oci_wanted=arm64 ;;
+        armv7l) anchor_oci_wanted=arm/v7 ;;
+        armv6l) anchor_oci_wanted=arm/v6 ;;
+        i?86) anchor_oci_wanted=386 ;;
     esac
-    anchor_oci_platform=linux/$anchor_oci_platform
+    anchor_oci_wanted=linux/$anchor_oci_wanted
 }
 
 # usage: anchor_oci_resolve [PLATFORM]
 # Fetches the manifest of what anchor_oci_open was given, for PLATFORM (linux/amd64) where there are several; without
 # it, for this node's. Leaves manifest.json and layers (lines of DIGEST SIZE TYPE) in anchor_oci_dir. Sets
-# anchor_oci_manifest (its digest), anchor_oci_platform, anchor_oci_config, anchor_oci_config_size,
+# anchor_oci_manifest (its digest), anchor_oci_wanted, anchor_oci_config, anchor_oci_config_size,
 # anchor_oci_config_type and anchor_oci_count (of layers). Notes image, tag's digest and manifest. Status 0 or 1.
 anchor_oci_resolve() {
     local kind word digest size rest config=''
-    anchor_oci_platform=${1:-}
-    [ -n "$anchor_oci_platform" ] || anchor_oci_platform
+    anchor_oci_wanted=${1:-}
+    [ -n "$anchor_oci_wanted" ] || anchor_oci_here
     rest=$anchor_oci_tag
     [ -z "$anchor_oci_digest" ] || rest=sha256:$anchor_oci_digest
     anchor_oci__document "manifests/$rest" index.json "$anchor_oci_digest" '' || return 1
@@ -266,14 +266,14 @@ anchor_oci__judge() {
 }
 
 # usage: anchor_oci__choose
-# Takes the manifest for anchor_oci_platform out of an index. Sets anchor_oci__sha256 and anchor_oci__size.
+# Takes the manifest for anchor_oci_wanted out of an index. Sets anchor_oci__sha256 and anchor_oci__size.
 anchor_oci__choose() {
     local word digest size os architecture variant has=''
     while read -r word digest size os architecture variant; do
         [ "$word" = entry ] || continue
         [ "$variant" = - ] && variant='' || variant=/$variant
         case $os/$architecture$variant in
-            "$anchor_oci_platform" | "$anchor_oci_platform"/*)
+            "$anchor_oci_wanted" | "$anchor_oci_wanted"/*)
                 anchor_oci__sha256=$digest anchor_oci__size=$size
                 return 0
                 ;;
@@ -281,7 +281,7 @@ anchor_oci__choose() {
         has="$has${has:+, }$os/$architecture$variant"
     done <"$anchor_oci_dir/parsed"
     has=$(printf '%.300s' "${has:-nothing}")
-    anchor_fail "the image $anchor_oci_name has no manifest for $anchor_oci_platform: it has $has" \
+    anchor_fail "the image $anchor_oci_name has no manifest for $anchor_oci_wanted: it has $has" \
         "publish it for this platform, or name one with the platform parameter"
 }
 

@@ -146,11 +146,11 @@ anchor_oci__kind() {
         : >"$anchor_oci_dir/diff"
     fi
     anchor_recall "$anchor_oci_dir/diff"
-    case $anchor_oci_platform/ in
+    case $anchor_oci_wanted/ in
         "$anchor_recall"/*) return 0 ;;
     esac
     case $anchor_recall in
-        */*) anchor_fail "the image $anchor_oci_name is for $anchor_recall, and this node wants $anchor_oci_platform" "publish it for this platform" ;;
+        */*) anchor_fail "the image $anchor_oci_name is for $anchor_recall, and this node wants $anchor_oci_wanted" "publish it for this platform" ;;
         *)
             anchor_fail "the configuration of the image $anchor_oci_name is of no use: it does not have one SHA-256 diff_id for each layer" \
                 "see what published it"
@@ -266,20 +266,22 @@ anchor_oci__convert() {
     wait "$listed"
     listed=$?
     wait "$summed"
+    # Where sqfstar gave up, what comes before it ended for that reason (141 is SIGPIPE).
+    anchor_recall "$dir/unpacked"
+    if [ "$anchor_recall" != 0 ] && [ "$anchor_recall" != 141 ]; then
+        anchor_recall "$dir/unpack.error"
+        anchor_fail "it cannot be unpacked: ${anchor_recall:-no reason was given}" "does it have the compression that its media type says ($anchor_oci__type)?"
+        return 1
+    fi
     anchor_recall "$dir/made"
     if [ "$anchor_recall" != 0 ]; then
         sum=$(sed -n '/^$/d; $p' "$dir/sqfstar.error")
-        case $sum in
-            *'No space left'*) anchor_fail "it needs more memory than the node has for it: $sum" "give the node more memory, or make the image smaller" ;;
-            *) anchor_fail "it cannot be made a squashfs: ${sum:-sqfstar ended with status $anchor_recall}" \
-                "is it a tar archive as its media type says ($anchor_oci__type), and without hard links out of the layer?" ;;
-        esac
-        return 1
-    fi
-    anchor_recall "$dir/unpacked"
-    if [ "$anchor_recall" != 0 ]; then
-        anchor_recall "$dir/unpack.error"
-        anchor_fail "it cannot be unpacked: ${anchor_recall:-no reason was given}" "does it have the compression that its media type says ($anchor_oci__type)?"
+        if grep -q -e 'No space left' -e 'Failed to write to output' "$dir/sqfstar.error"; then
+            anchor_fail "it needs more memory than the node has for it" "give the node more memory, or make the image smaller"
+        else
+            anchor_fail "it cannot be made a squashfs: ${sum:-sqfstar ended with status $anchor_recall}" \
+                "is it a tar archive as its media type says ($anchor_oci__type), and without hard links out of the layer?"
+        fi
         return 1
     fi
     if [ "$listed" -ne 0 ]; then

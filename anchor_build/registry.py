@@ -50,6 +50,7 @@ CORE_WORDS = frozenset(
         "reason",
         "reboot",
         "recall",
+        "registry",
         "reject",
         "report",
         "root",

@@ -1,0 +1,408 @@
+"""image oci: real images in a real registry, mounted in a mount namespace, compared with what umoci unpacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contrib.site import pki
+from contrib.site.registry import CONFIG, INDEX, MANIFEST, PASSWORD, USER, Registry, registry
+from tests.shell.conftest import SHELLS, TOP, Shell
+from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push, unpacked_by_umoci
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "umoci", "sqfstar"))),
+    reason="needs root, docker-registry, umoci and sqfstar",
+)
+
+STAGE = TOP / "dracut-modules/image-oci/stage.sh"
+WRONG = "not " + PASSWORD
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
+SCRIPT = """
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$LIB/anchor-http.sh" && . "$LIB/anchor-oci.sh" || exit 9
+. "$STAGE" || exit 9
+LC_ALL=C
+export LC_ALL
+anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10 LOWER=$ANCHOR_ROOT/run/anchor/lower
+mkdir -p "$LOWER" || exit 9
+anchor_stage_for_scheme() { return 1; }
+anchor_oci_run && anchor_oci_mount "$LOWER" || exit 1
+"""
+SHOW = """
+PYTHONPATH="$TOP" "$PYTHON" -m tests.stages.oci_image "$LOWER"
+"""
+PARAMETERS = ("image", "mirrors", "platform", "user", "password", "proxy")
+FETCH = {"timeout": 30, "connect_timeout": 3, "stall": 5, "attempts": 3, "reserve": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A CA, a node's certificate, and registries over one storage: open, with client certificates, and by password."""
+
+    authority: pki.Authority
+    node: pki.Leaf
+    plain: Registry
+    mutual: Registry
+    basic: Registry
+    token: Registry
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    top = tmp_path_factory.mktemp("site")
+    authority = pki.make_authority(top / "ca")
+    leaf = pki.issue(authority, top, "store")
+    node = pki.issue(authority, top, "node17", client=True)
+    storage = top / "storage"
+    with (
+        registry(top / "plain", storage=storage) as plain,
+        registry(top / "mutual", storage=storage, leaf=leaf, client_ca=authority.certificate) as mutual,
+        registry(top / "basic", storage=storage, leaf=leaf, auth="basic") as basic,
+        registry(top / "token", storage=storage, leaf=leaf, auth="token", authority=authority) as token,
+    ):
+        yield Site(authority, node, plain, mutual, basic, token)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the site with a client certificate."""
+
+    shell: Shell
+    site: Site
+
+    def run(self, image: str, more: str = SHOW, **parameters: str) -> subprocess.CompletedProcess[str]:
+        """Run and mount, then the script `more`; keyword arguments are the stage's parameters."""
+        values = {**dict.fromkeys(PARAMETERS, ""), "image": image, **parameters}
+        env = {f"anchor_oci_{name}": value for name, value in values.items()}
+        env |= {f"anchor_fetch_{name}": str(value) for name, value in FETCH.items()}
+        env |= {"STAGE": str(STAGE), "TOP": str(TOP), "PYTHON": sys.executable}
+        return self.shell.run(SCRIPT + more, env=env, unshare=("--mount",))
+
+    def facts(self, image: str, **parameters: str) -> dict[str, Any]:
+        """Return the facts of the mounted image."""
+        done = self.run(image, **parameters)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    def refused(self, image: str, *messages: str, **parameters: str) -> str:
+        """Make sure that nothing is mounted, and that the step's error and hint hold all messages."""
+        done = self.run(image, **parameters)
+        assert done.returncode == 1, done.stderr
+        step = self.shell.root / "run/anchor/steps/10"
+        said = (step / "error").read_text() + (step / "hint").read_text()
+        assert [message for message in messages if message not in said] == [], done.stderr
+        assert not list((self.shell.root / "run/anchor").glob("image/*"))
+        assert not (self.shell.root / "run/anchor/oci").exists()
+        assert "not found" not in done.stderr and "rithmetic" not in done.stderr
+        return said
+
+    def note(self, name: str) -> str:
+        """Return what the step noted."""
+        return (self.shell.root / "run/anchor/steps/10" / name).read_text().rstrip("\n")
+
+
+def prepared(shell: Shell, site: Site) -> Node:
+    for name in ("run/anchor/steps/10", "run/anchor/credentials", "etc/anchor", "proc"):
+        (shell.root / name).mkdir(parents=True)
+    (shell.root / "proc/meminfo").write_text("MemAvailable: 400000 kB\n")
+    shutil.copy(site.authority.certificate, shell.root / "etc/anchor/ca.pem")
+    shutil.copy(site.node.certificate, shell.root / "run/anchor/credentials/client.crt")
+    shutil.copy(site.node.key, shell.root / "run/anchor/credentials/client.key")
+    return Node(shell, site)
+
+
+@pytest.fixture(params=sorted(SHELLS))
+def node(request: pytest.FixtureRequest, tmp_path: Path, site: Site) -> Node:
+    root = tmp_path / "node"
+    root.mkdir()
+    return prepared(Shell(request.param, root), site)
+
+
+@pytest.fixture
+def dash(tmp_path: Path, site: Site) -> Node:
+    """One shell only, for what is the same in all."""
+    root = tmp_path / "node"
+    root.mkdir()
+    return prepared(Shell("dash", root), site)
+
+
+def base_layer() -> Layer:
+    """Return a layer with at least one of everything."""
+    long = "/".join(["d" * 200, "e" * 200])
+    layer = Layer().directory("./", 0o751, uid=7, gid=8)
+    layer.directory("etc/").add("etc/passwd", b"root::0:0\n").add("etc/gone", b"x").add("etc/kept", b"kept")
+    layer.directory("opt/").directory("opt/old/", 0o700, uid=3).add("opt/old/a", b"a").directory("opt/old/b/").add(
+        "opt/old/b/c"
+    )
+    layer.directory("srv/", 0o2750, uid=12, gid=34, xattrs={"security.mark": b"of srv", "trusted.mark": b"\x01\x00"})
+    layer.add("srv/old", b"1").directory("srv/deep/", 0o711, gid=9).directory("srv/deep/er/", 0o1777)
+    layer.directory("usr/").directory("usr/bin/").add("usr/bin/one", b"program", mode=0o4755)
+    layer.link("usr/bin/two", "usr/bin/one", tarfile.LNKTYPE).link("usr/bin/three", "usr/bin/one", tarfile.LNKTYPE)
+    layer.add("usr/bin/ping", b"ping", mode=0o755, xattrs={"security.capability": CAPABILITY})
+    layer.link("etc/mtab", "/proc/mounts").link("usr/up", "../../../../etc/passwd").link("bin", "usr/bin")
+    layer.directory("dev/").add("dev/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
+    layer.add("dev/disk", type=tarfile.BLKTYPE, devmajor=8, devminor=1).add("dev/pipe", type=tarfile.FIFOTYPE)
+    layer.directory("d" * 200 + "/").directory(long + "/").add(f"{long}/{'f' * 250}", b"long")
+    layer.directory("odd/").add("odd/a\nb", b"1").add("odd/back\\slash", b"2").add("odd/a -> b", b"3").add(
+        "odd/uml\xe4ut", b"4"
+    )
+    layer.add("odd/* [x]", b"5").add("odd/\\101", b"6").directory("odd/dir\n/", 0o710).add("odd/dir\n/gone", b"7")
+    layer.directory("was/").add("was/file", b"file").directory("was/dir/", 0o700).add("was/dir/x", b"x").link(
+        "was/link", "dir"
+    )
+    return layer.add("sparse", bytes(500_000)).add("big", os.urandom(400_000))
+
+
+def changing_layer() -> Layer:
+    """Return a layer that takes away, replaces and adds, partly without entries for its directories."""
+    layer = Layer().add("etc/.wh.gone").add("etc/.wh.never-there").directory("opt/").directory("opt/old/", 0o755, uid=4)
+    layer.add("opt/old/.wh..wh..opq").add("opt/old/new", b"new")
+    layer.add("srv/new", b"2").add("srv/deep/er/new", b"3")
+    layer.add("odd/.wh.a\nb").add("odd/.wh.back\\slash").add("odd/.wh.* [x]").add("odd/.wh.\\101").add(
+        "odd/dir\n/.wh.gone"
+    )
+    layer.add("was/.wh.file").directory("was/file/", 0o711).add("was/file/now", b"dir").add("was/.wh.dir").add(
+        "was/dir", b"file"
+    )
+    return layer.add("usr/bin/.wh.three").add("added/deep/ly", b"implied")
+
+
+def last_layer() -> Layer:
+    """Return a layer that takes away a directory that another had added, and whose root has other attributes."""
+    layer = (
+        Layer()
+        .directory("./", 0o755)
+        .add(".wh.added")
+        .directory("srv/", 0o700)
+        .add("srv/deep/.wh.er")
+        .add("last", b"3")
+    )
+    return layer.directory("etc/", 0o755, xattrs={"security.mark": b"of etc"})
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    return [base_layer(), changing_layer(), last_layer()]
+
+
+@pytest.fixture(scope="module")
+def expected(layers: list[Layer], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return facts_of(str(unpacked_by_umoci(layers, tmp_path_factory.mktemp("umoci"))))
+
+
+def test_an_image_is_what_umoci_unpacks_entry_by_entry(
+    node: Node, layers: list[Layer], expected: dict[str, Any]
+) -> None:
+    push(node.site.plain, "team/full", layers, ("gzip", "zstd", ""))
+    found = node.facts(f"https://{node.site.mutual.host}/team/full:v1")
+    assert sorted(found) == sorted(expected)
+    assert {name: (found[name], expected[name]) for name in found if found[name] != expected[name]} == {}
+
+
+def test_the_step_says_what_was_booted(dash: Node, layers: list[Layer]) -> None:
+    digest = push(dash.site.plain, "team/noted", layers)
+    dash.facts(f"https://{dash.site.mutual.host}/team/noted:v1")
+    assert dash.note("note-digest") == f"sha256:{digest}"
+    assert dash.note("note-manifest") == f"sha256:{digest}"
+    assert dash.note("note-reference") == f"{dash.site.mutual.host}/team/noted:v1"
+    assert dash.note("number-layers") == "3"
+    assert "nothing but the registry's certificate vouches" in (dash.shell.root / "run/anchor/boot.log").read_text()
+
+
+def test_running_again_changes_nothing_and_no_secret_is_left(dash: Node, layers: list[Layer]) -> None:
+    digest = push(dash.site.plain, "team/again", layers)
+    again = """
+    anchor_oci_run && anchor_oci_mount "$LOWER" || exit 1
+    ls -A "$ANCHOR_ROOT/run/anchor"; cat "$LOWER/last"; touch "$LOWER/x"
+    """
+    image = f"https://{dash.site.token.host}/team/again@sha256:{digest}"
+    done = dash.run(image, again, user=USER, password=PASSWORD)
+    assert done.stdout.split() == ["boot.log", "credentials", "image", "lower", "steps", "3"], done.stderr
+    assert "Read-only file system" in done.stderr
+    assert done.stderr.count("fetched ") == 1 + 1 + 3
+    for file in (dash.shell.root / "run/anchor").rglob("*"):
+        assert not file.is_file() or PASSWORD.encode() not in file.read_bytes()
+
+
+def test_forty_layers_fit_into_one_mount(dash: Node, tmp_path: Path) -> None:
+    layers = [Layer().directory("./").directory("etc/").add("etc/0", b"0")]
+    for number in range(1, 40):
+        gone = Layer().add(f"etc/.wh.{number - 1}").add(f"etc/{number}", b"%d" % number)
+        layers.append(gone.directory(f"in{number}/", 0o700 + number % 8).add(f"in{number - 1}/of{number}"))
+    push(dash.site.plain, "team/forty", layers)
+    assert dash.facts(f"https://{dash.site.mutual.host}/team/forty:v1") == facts_of(
+        str(unpacked_by_umoci(layers, tmp_path))
+    )
+
+
+@pytest.mark.parametrize("make", ["mksquashfs", "mkfs.erofs"])
+def test_layers_that_are_file_systems_are_mounted_as_they_are(dash: Node, tmp_path: Path, make: str) -> None:
+    plain, blobs = dash.site.plain, []
+    for number in (1, 2):
+        tree = tmp_path / f"tree{number}"
+        tree.mkdir(mode=0o751)
+        (tree / f"file{number}").write_text("1")
+        (tree / "both").write_text(str(number))
+        image = tmp_path / f"{number}.img"
+        argv = [make, str(tree), str(image), "-quiet"] if make == "mksquashfs" else [make, str(image), str(tree)]
+        subprocess.run(argv, check=True, capture_output=True, timeout=60)
+        kind = f"application/vnd.anchor.image.layer.v1.{'squashfs' if make == 'mksquashfs' else 'erofs'}"
+        blobs.append({"mediaType": kind, **plain.put_blob("team/files", image.read_bytes())})
+    empty = {"mediaType": "application/vnd.oci.empty.v1+json", **plain.put_blob("team/files", b"{}")}
+    for count in (1, 2):
+        document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": empty, "layers": blobs[:count]}
+        digest = plain.put_manifest("team/files", f"v{count}", document)
+        show = 'cat "$LOWER/both"; stat -c %a "$LOWER"; ls "$LOWER"'
+        done = dash.run(f"http://{plain.host}/team/files@sha256:{digest}", show)
+        files = [f"file{number}" for number in range(1, count + 1)]
+        assert done.stdout.split() == [f"{count}751", "both", *files], done.stderr
+
+
+@pytest.mark.parametrize("how", ["basic", "token"])
+def test_a_registry_that_asks_who_pulls_is_told(node: Node, layers: list[Layer], how: str) -> None:
+    push(node.site.plain, "team/private", layers[:1])
+    server: Registry = getattr(node.site, how)
+    image = f"https://{server.host}/team/private:v1"
+    assert "etc/passwd" in node.facts(image, user=USER, password=PASSWORD)
+
+
+def test_credentials_from_auth_come_first(dash: Node, layers: list[Layer]) -> None:
+    push(dash.site.plain, "team/private", layers[:1])
+    import base64
+
+    secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    file = dash.shell.root / "run/anchor/credentials/registry.json"
+    file.write_text(json.dumps({"auths": {dash.site.token.host: {"auth": secret}}}))
+    assert "etc/passwd" in dash.facts(f"https://{dash.site.token.host}/team/private:v1", user="other", password=WRONG)
+
+
+def test_without_the_right_credentials_the_reason_is_said(dash: Node, layers: list[Layer]) -> None:
+    push(dash.site.plain, "team/private", layers[:1])
+    image = f"https://{dash.site.basic.host}/team/private:v1"
+    dash.refused(image, "wants a user and a password", "doc/oci.md")
+    dash.refused(image, "other credentials than the user node17", user=USER, password=WRONG)
+    image = f"https://{dash.site.token.host}/team/private:v1"
+    dash.refused(image, "gives no token to the user node17", user=USER, password=WRONG)
+
+
+def test_the_nodes_platform_is_taken_from_an_index(dash: Node, layers: list[Layer]) -> None:
+    plain = dash.site.plain
+    entries = []
+    for architecture, layer in (("arm64", layers[1]), ("amd64", layers[0])):
+        config = plain.put_blob("team/index", json.dumps(config_of([layer.tar], architecture)).encode())
+        blob = {"mediaType": TAR, **plain.put_blob("team/index", layer.tar)}
+        document = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": {"mediaType": CONFIG, **config},
+            "layers": [blob],
+        }
+        digest = plain.put_manifest("team/index", architecture, document)
+        size = len(json.dumps(document).encode())
+        entry = {"mediaType": MANIFEST, "digest": f"sha256:{digest}", "size": size}
+        entries.append({**entry, "platform": {"os": "linux", "architecture": architecture}})
+    index = plain.put_manifest(
+        "team/index", "v1", {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}, INDEX
+    )
+    image = f"https://{dash.site.mutual.host}/team/index:v1@sha256:{index}"
+    assert "etc/passwd" in dash.facts(image, platform="linux/amd64")
+    assert dash.note("note-digest") == f"sha256:{index}" and dash.note("note-manifest") != f"sha256:{index}"
+    assert "etc/passwd" not in dash.facts(image, platform="linux/arm64")
+    dash.refused(image, "no manifest for linux/s390x: it has linux/arm64, linux/amd64", platform="linux/s390x")
+    alone = f"https://{dash.site.mutual.host}/team/index:arm64"
+    dash.refused(alone, "is for linux/arm64, and this node wants linux/amd64", platform="linux/amd64")
+
+
+def test_a_mirror_brings_what_the_registry_lacks(dash: Node, layers: list[Layer]) -> None:
+    digest = push(dash.site.plain, "team/mirrored", layers)
+    image = f"https://127.0.0.1:9/team/elsewhere@sha256:{digest}"
+    assert "last" in dash.facts(image, mirrors=f"https://{dash.site.mutual.host}/team/mirrored")
+
+
+BAD_LAYERS = {
+    "up": (Layer().add("../up", b"x"), "leads out of the image"),
+    "inner": (Layer().add("a/../../up", b"x"), "cannot be made a squashfs"),
+    "whiteout": (Layer().add("etc/.wh..."), "leads out of the image"),
+    "hard": (Layer().link("shadow", "/etc/shadow", tarfile.LNKTYPE), "cannot be made a squashfs"),
+    "through": (Layer().link("l", "/etc").add("l/passwd", b"x"), "cannot be made a squashfs"),
+    "twice": (Layer().add("x", b"1").add("x", b"2"), "the same file twice: x"),
+    "text": (b"this is no archive" * 999, "cannot be made a squashfs"),
+    "short": (Layer().add("x", bytes(4000)).stream.getvalue()[:2000], "cannot be made a squashfs"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYERS)
+def test_layers_that_no_image_may_have_are_refused(dash: Node, layers: list[Layer], name: str) -> None:
+    bad, message = BAD_LAYERS[name]
+    push(dash.site.plain, f"bad/{name}", [layers[0], bad])
+    dash.refused(f"https://{dash.site.mutual.host}/bad/{name}:v1", "layer 2 of 2", message)
+
+
+def test_a_layer_bomb_ends_at_the_memory_that_there_is(dash: Node) -> None:
+    (dash.shell.root / "proc/meminfo").write_text("MemAvailable: 5000 kB\n")
+    noise = os.urandom(1 << 16)  # further apart than gzip or a block can see again, it does not compress twice
+    bomb = Layer()
+    for number in range(200):
+        bomb.add(str(number), noise[number:] + noise[:number])
+    push(dash.site.plain, "bad/bomb", [bomb], ("zstd",))
+    done = dash.refused(f"https://{dash.site.mutual.host}/bad/bomb:v1")
+    assert "memory" in done
+
+
+def manifest_of(site: Site, name: str, **changes: Any) -> str:
+    """Push the manifest of a small image with `changes`, past the registry's own checks; return its digest."""
+    layer = Layer().directory("./").add("x")
+    config = {"mediaType": CONFIG, **site.plain.put_blob(name, json.dumps(config_of([layer.tar])).encode())}
+    blob = {"mediaType": TAR, **site.plain.put_blob(name, layer.tar)}
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [blob]}
+    return site.plain.put_manifest(name, "v1", document | changes)
+
+
+def test_a_digest_of_the_configuration_is_compared(dash: Node) -> None:
+    name, plain = "bad/diff", dash.site.plain
+    other = plain.put_blob(name, json.dumps(config_of([b"other"])).encode())
+    manifest_of(dash.site, name, config={"mediaType": CONFIG, **other})
+    dash.refused(f"https://{dash.site.mutual.host}/{name}:v1", "the digest of what is in it", "configuration says")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("application/x-unheard-of", "a layer of a type that cannot be booted: application/x-unheard-of"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar", "bytes are not in the registry"),
+        (f"{TAR}+gzip", "compression that its media type says"),
+    ],
+)
+def test_media_types_count(dash: Node, kind: str, message: str) -> None:
+    layer = Layer().directory("./").add("x").tar
+    blob = dash.site.plain.put_blob("bad/type", layer)
+    manifest_of(dash.site, "bad/type", layers=[{"mediaType": kind, **blob}])
+    dash.refused(f"https://{dash.site.mutual.host}/bad/type:v1", message)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("http://127.0.0.1:9/team/node:v1", "nothing protects http://"),
+        ("https://127.0.0.1:9/", "names no image"),
+        ("https://user@127.0.0.1:9/x", "has a user in it"),
+        ("https://127.0.0.1:9/team/../x", "its name is none"),
+        ("https://127.0.0.1:9/Team/x", "its name is none"),
+        ("https://127.0.0.1:9/x@sha256:12", "its digest is not SHA-256"),
+        ("https://127.0.0.1:9/x:" + "t" * 129, "its tag is none"),
+        ("https://127.0.0.1:9/x:", "its tag is none"),
+        ("https://127.0.0.1:9/x?y=z", "its name is none"),
+    ],
+)
+def test_what_is_no_reference_is_refused_before_any_connection(node: Node, image: str, message: str) -> None:
+    node.refused(image, message)

@@ -49,6 +49,7 @@ CORE_WORDS = frozenset(
         "reason",
         "reboot",
         "recall",
+        "registry",
         "reject",
         "report",
         "root",

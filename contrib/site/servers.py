@@ -181,14 +181,14 @@ def pebble(
     environment = {"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": str(reject_nonces)}
 
     def answers() -> bool:
-        return bool(_get(port, "/dir", authority.certificate)) and _accepts(dns_management)
+        return bool(_get(port, "/dir", authority.certificate)) and accepts(dns_management)
 
     with ExitStack() as stack:
         children = [
-            stack.enter_context(_running(dns_server, directory / "dns.log", outlive=outlive)),
-            stack.enter_context(_running(acme_server, directory / "pebble.log", env=environment, outlive=outlive)),
+            stack.enter_context(running(dns_server, directory / "dns.log", outlive=outlive)),
+            stack.enter_context(running(acme_server, directory / "pebble.log", env=environment, outlive=outlive)),
         ]
-        _wait(children, answers, directory / "pebble.log")
+        wait_for(children, answers, directory / "pebble.log")
         root = directory / "issuing-root.pem"
         root.write_bytes(_get(management, "/roots/0", authority.certificate))
         pids = tuple(child.pid for child in children)
@@ -234,8 +234,8 @@ def nginx(
     )
     argv = ["nginx", "-e", "stderr", "-p", str(directory.resolve()), "-c", str(config.resolve())]
     ports = [port for port in (https_port, http_port) if port]
-    with _running(argv, directory / "nginx.stderr", outlive=outlive) as child:
-        _wait([child], lambda: all(map(_accepts, ports)), directory / "nginx.stderr")
+    with running(argv, directory / "nginx.stderr", outlive=outlive) as child:
+        wait_for([child], lambda: all(map(accepts, ports)), directory / "nginx.stderr")
         yield Store(https_port, http_port, directory / "access.log", (child.pid,))
 
 
@@ -270,15 +270,15 @@ def swift_s3(
     file = directory / "settings.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
     argv = ["/usr/bin/python3", str(Path(__file__).with_name("s3_server.py")), str(file.resolve())]
-    with _running(argv, directory / "server.log", outlive=outlive) as child:
-        _wait([child], lambda: _accepts(port), directory / "server.log")
+    with running(argv, directory / "server.log", outlive=outlive) as child:
+        wait_for([child], lambda: accepts(port), directory / "server.log")
         scheme, log = "https" if leaf else "http", directory / "requests.log"
         yield S3(scheme, port, region, domain, access_key, secret_key, log, ca, (child.pid,))
 
 
 @contextmanager
-def _running(
-    argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, outlive: bool
+def running(
+    argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, outlive: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
     child = start(argv, env=env, log=log, tied=not outlive)
     let_go = False
@@ -292,7 +292,7 @@ def _running(
             stop(child)
 
 
-def _wait(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bool], log: Path) -> None:
+def wait_for(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while not answers():
         late = time.monotonic() > deadline
@@ -303,7 +303,7 @@ def _wait(children: Sequence[subprocess.Popen[str]], answers: Callable[[], bool]
         time.sleep(0.05)
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except OSError:

@@ -220,6 +220,8 @@ anchor_nfs_copy() {
 # the kernel does not let end otherwise.
 anchor_nfs__guard() {
     local before
+    # What goes through a pipe is not counted before its end: there the limit of the whole download is the only one.
+    [ ! -p "$2" ] || return 0
     anchor_fetch_size "$2"
     while kill -0 "$1"; do
         before=$anchor_fetch_size

@@ -97,5 +97,5 @@ anchor_file__too_large() {
     needs=$anchor_fetch_amount
     anchor_fetch_amount "$max"
     anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $anchor_fetch_amount fit ($anchor_fetch_room)" \
-        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
+        "$anchor_fetch_room_hint"
 }

@@ -171,7 +171,7 @@ anchor_nfs__too_large() {
     anchor_fetch_amount "$max"
     printf '%s is too large: it needs %s, and %s fit (%s)\n' "$anchor_fetch_url" "$needs" "$anchor_fetch_amount" \
         "$anchor_fetch_room" >"$state/error"
-    printf 'give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve\n' >"$state/hint"
+    printf '%s\n' "$anchor_fetch_room_hint" >"$state/hint"
 }
 
 # usage: anchor_nfs__tell

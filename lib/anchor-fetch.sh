@@ -530,8 +530,8 @@ anchor_fetch__budget() {
     anchor_fetch_size "$file"
     anchor_fetch_max=$((anchor_fetch_max + anchor_fetch_size))
     if [ -n "$sink" ]; then
-        anchor_fetch_max=$anchor_fetch_limit
-        anchor_fetch_room=$anchor_fetch_limit_why
+        anchor_fetch_max=${anchor_fetch_limit:-999999999999999}
+        anchor_fetch_room=${anchor_fetch_limit_why:-}
         anchor_fetch_room_hint="make the image smaller, or take something larger to write it to"
     elif [ -n "${anchor_fetch_limit:-}" ] && [ "$anchor_fetch_limit" -lt "$anchor_fetch_max" ]; then
         anchor_fetch_max=$anchor_fetch_limit
@@ -692,9 +692,9 @@ anchor_fetch__accept() {
     if [ -n "$sink" ]; then
         anchor_stream__verdict
         sunk=$?
-        [ "$sunk" -ne 1 ] || return 1
+        [ "$sunk" -ne 2 ] || return 1
         if [ -n "${1:-}" ]; then
-            anchor_fetch__reject "${anchor_stream_why:-it was not wanted to its end}"
+            anchor_fetch__reject "$anchor_stream_why" "$anchor_stream_hint"
             return
         fi
     fi
@@ -713,8 +713,11 @@ anchor_fetch__accept() {
         anchor_fetch__reject "its SHA-256 digest is $sum, expected $want"
         return
     fi
-    if [ "$sunk" -ne 0 ]; then
-        anchor_fetch__reject "$anchor_stream_why"
+    if [ "$sunk" -ne 0 ] && [ -n "$want" ]; then
+        anchor_fail "$anchor_stream_why" "$anchor_stream_hint"
+        return 1
+    elif [ "$sunk" -ne 0 ]; then
+        anchor_fetch__reject "$anchor_stream_why" "$anchor_stream_hint"
         return
     fi
     if [ -z "$sink" ] && ! mv -f "$file" "$dest"; then
@@ -729,7 +732,7 @@ anchor_fetch__accept() {
     anchor_info "$rest ($anchor_fetch_amount/s), sha256 $sum"
 }
 
-# usage: anchor_fetch__reject WHY
+# usage: anchor_fetch__reject WHY [HINT]
 # Forgets a file that is not the right one. Where it is known who sent it, that mirror is dropped; what came in several
 # parts is fetched once more, all of it from one mirror. Status 2, or 1 if file cannot be written any more.
 anchor_fetch__reject() {
@@ -745,7 +748,7 @@ anchor_fetch__reject() {
         queue="$queue $n"
     else
         anchor_fail "$anchor_fetch_url is not what it should be: $1" \
-            "someone changed the file or the digest on the command line is of another version; it is not used"
+            "${2:-someone changed the file or the digest on the command line is of another version; it is not used}"
         anchor_fetch__drop
     fi
     anchor_fetch__from_zero || return 1

@@ -5,18 +5,20 @@
 # that breaks off leaves the sink waiting, and the next one goes on with the byte that it has not seen; a download that
 # has to start from zero starts the sink again. A sink that is slower than the network slows the network down.
 #
-# A sink is called without arguments, in a process of its own. Status 0: it has taken all; 1: it never will, anchor_fail
-# has said why; 2: this was not the right file, anchor_fail has said why (another mirror may have it).
+# A sink is called without arguments, in a process of its own; after a mirror that sent something else it is called
+# again, and begins anew. Where it fails, anchor_fail has said why. Status 0: it has taken all; 1: it cannot use what comes
+# (then the rest is read all the same, as the digest tells whether it was the right file; without a digest another mirror
+# may have that); 2: it can take nothing, whatever comes.
 # Whether the bytes were the right ones is known when anchor_fetch_stream returns, and no sooner.
 # Needs anchor-fetch.sh, whose locals these functions share.
 
-# usage: anchor_fetch_stream "URL..." SINK WORK [SHA256 [SIZE]]
-# Fetches as anchor_fetch does, into the function SINK. Keeps its state in WORK.fetch, which needs a few kilobytes. Reads
-# anchor_fetch_limit, the most bytes that may come, and anchor_fetch_limit_why. Status 0 when SINK took everything and
-# the digest is right, else 1.
+# usage: anchor_fetch_stream "URL..." NAME SHA256 SIZE SINK
+# Fetches as anchor_fetch does, into the function SINK. Keeps its state in the directory NAME.fetch, which needs a few
+# kilobytes. SHA256 and SIZE may be empty; without SIZE it reads anchor_fetch_limit, the most bytes that may come, and
+# anchor_fetch_limit_why. Status 0 when SINK took everything and the digest is right, else 1.
 anchor_fetch_stream() {
-    local sink="$2"
-    anchor_fetch__download "$1" "$3" "${4:-}" "${5:-}"
+    local sink="$5"
+    anchor_fetch__download "$1" "$2" "$3" "$4"
 }
 
 # usage: anchor_stream_size PIPE
@@ -67,6 +69,7 @@ anchor_stream__close() {
 # a directory in the pipe's place: nobody can write to that, or wait for a reader.
 anchor_stream__pump() {
     local session=0 total=0 bytes rest
+    # shellcheck disable=SC2094 # a pipe: open for both, it waits for nobody, and so does the reader after it
     exec 8<>"$file" 9<"$file" 8<&-
     until [ -e "$work/end" ]; do
         # It opens the pipe anew, which waits for a writer, and ends when there is none any more.
@@ -88,6 +91,7 @@ anchor_stream__pump() {
 anchor_stream__sink() {
     (
         # What the sink says must not be taken for the transport's words.
+        # shellcheck disable=SC2317 # the sink calls it
         anchor_fail() {
             anchor_keep "$work/sink-error" "$1"
             anchor_keep "$work/sink-hint" "${2:-}"
@@ -95,7 +99,9 @@ anchor_stream__sink() {
         }
         "$sink"
     )
-    printf '%s\n' "$?" >"$work/sink"
+    set -- "$?"
+    [ "$1:${want:+known}" != 1:known ] || cat >/dev/null
+    printf '%s\n' "$1" >"$work/sink"
 }
 
 # usage: anchor_stream__broke
@@ -105,16 +111,18 @@ anchor_stream__broke() {
 }
 
 # usage: anchor_stream__verdict
-# What the sink came to: status 0, 1 (for good, explained), or 2 with the reason in anchor_stream_why.
+# What the sink came to: its status, 2 with anchor_fail. Sets anchor_stream_why and anchor_stream_hint.
 anchor_stream__verdict() {
     local status
-    anchor_recall "$work/sink"
-    status=${anchor_recall:-1}
-    [ "$status" != 0 ] || return 0
+    anchor_stream_why="it was not wanted to its end"
     anchor_recall "$work/sink-hint"
-    set -- "$anchor_recall"
+    anchor_stream_hint=$anchor_recall
+    anchor_recall "$work/sink"
+    status=${anchor_recall:-2}
+    [ "$status" != 0 ] || return 0
     anchor_recall "$work/sink-error"
     anchor_stream_why=${anchor_recall:-what takes the download ended with status $status}
-    [ "$status" != 2 ] || return 2
-    anchor_fail "$anchor_stream_why" "$1"
+    [ "$status" != 1 ] || return 1
+    anchor_fail "$anchor_stream_why" "$anchor_stream_hint"
+    return 2
 }

@@ -34,6 +34,7 @@ from anchor_build.events import (
     End,
     Event,
     Failed,
+    Finished,
     InvalidLineError,
     Ready,
     SwitchRoot,
@@ -116,6 +117,8 @@ def _advance(node: Node, event: Event, record: dict[str, Any], now: float) -> No
             where = f"after {event.step}"
         case SwitchRoot():
             state, where, node.error, node.log = "starts", "switch_root", "", ()
+        case Finished():
+            state, where, node.error, node.log = "ready", event.action, "", ()
         case Ready():
             state = "ready"
         case Boot():

@@ -21,6 +21,7 @@ from anchor_build.events import (
     Event,
     EventReader,
     Failed,
+    Finished,
     LineSplitter,
     Ready,
     SwitchRoot,
@@ -153,7 +154,7 @@ class _Observation:
 
     def verdict(self) -> Outcome | None:
         """Return how the boot ended as far as the node told; what it reports outweighs what its console shows."""
-        goal = (Ready,) if self.until == "multi-user" else (Ready, SwitchRoot)
+        goal = (Ready, Finished) if self.until == "multi-user" else (Ready, Finished, SwitchRoot)
         for event in self.events:
             if isinstance(event, goal):
                 return "reached"
@@ -256,6 +257,8 @@ def describe(event: Event) -> str:
             return f"step {step_name(event)} failed; next: {event.on_failure}"
         case SwitchRoot():
             return f"switch_root at {event.at_ms / 1000:.1f} s"
+        case Finished():
+            return f"done at {event.at_ms / 1000:.1f} s; next: {event.action}"
         case Ready():
             return f"ready at {event.at_ms / 1000:.1f} s"
 

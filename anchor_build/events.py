@@ -74,6 +74,14 @@ class SwitchRoot:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """The node has done what it was booted for without a root, and reboots or powers off (`action`)."""
+
+    at_ms: int
+    action: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """The image reached multi-user; `boot` is the node's own boot.json."""
 
@@ -81,7 +89,7 @@ class Ready:
     boot: Mapping[str, Any]
 
 
-Event = Boot | Begin | End | Failed | SwitchRoot | Ready
+Event = Boot | Begin | End | Failed | SwitchRoot | Finished | Ready
 
 
 class InvalidLineError(ValueError):
@@ -268,6 +276,10 @@ def _switch_root(value: Mapping[str, Any]) -> SwitchRoot:
     return SwitchRoot(_milliseconds(value, "at_ms"))
 
 
+def _finished(value: Mapping[str, Any]) -> Finished:
+    return Finished(_milliseconds(value, "at_ms"), _choice(value, "action", ("reboot", "poweroff")))
+
+
 def _ready(value: Mapping[str, Any]) -> Ready:
     boot = value.get("boot")
     if not isinstance(boot, dict):
@@ -284,5 +296,6 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "end": _end,
     "failed": _failed,
     "switch_root": _switch_root,
+    "finished": _finished,
     "ready": _ready,
 }

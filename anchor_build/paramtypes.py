@@ -43,6 +43,8 @@ RSYNC_SOURCE = re.compile(r"([^/\[:]+)(?:(::)|:/)(.*)")
 NFS_EXPORT = re.compile(r"nfs4?:(\[[^\]]*\]|[^:]*):(/[^:]*)(?::[A-Za-z0-9._=,:/@+-]*(?<!:))?")
 SHA256 = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})")
 MAC = re.compile(r"(?:01-)?(XX(?:-XX){5})|(XX(?::XX){5})".replace("X", "[0-9A-Fa-f]"))
+DISK = re.compile(r"smallest|largest|only|(?:serial|wwn):[A-Za-z0-9._:+-]{1,64}")
+DEVICE = re.compile(r"/[A-Za-z0-9._:+@=/-]*")
 TTY = re.compile(r"(?:/dev/)?((?:tty|hvc)[A-Za-z]*[0-9]+)")
 
 
@@ -331,6 +333,17 @@ def _mac(value: str, options: Options) -> str:
     return (match[1] or match[2]).replace("-", ":").lower()
 
 
+def _disk(value: str, options: Options) -> str:
+    if DISK.fullmatch(value):
+        return value
+    parts = [part for part in value.split("/") if part]
+    if DEVICE.fullmatch(value) and parts[:1] == ["dev"] and parts[1:] and not {".", ".."} & set(parts):
+        return "/" + "/".join(parts)
+    raise InvalidValueError(
+        "is not a disk such as /dev/sda, serial:S1A2B3, wwn:0x5000c500a1b2c3d4, smallest, largest or only"
+    )
+
+
 def _tty(value: str, options: Options) -> str:
     match = TTY.fullmatch(value)
     if not match:
@@ -366,6 +379,7 @@ _ALL = (
     ParamType("path", (), "an absolute path without `.` and `..` in it", "PATH", _path),
     ParamType("sha256", (), "64 hexadecimal digits, also after `sha256:`", "DIGEST", _sha256),
     ParamType("mac", (), "a MAC address with colons or dashes, or in the form of `BOOTIF`", "MAC", _mac),
+    ParamType("disk", (), "`/dev/...`, `serial:NUMBER`, `wwn:NUMBER`, `smallest`, `largest` or `only`", "DISK", _disk),
     ParamType("tty", (), "a terminal device such as `ttyS0` or `hvc0`, also after `/dev/`", "TTY", _tty),
     ParamType("nfs-export", (), "`nfs[4]:server:/path[:options]`", "EXPORT", _nfs_export),
     ParamType("secret", (), "text that is baked in and never shown", "SECRET", _secret),

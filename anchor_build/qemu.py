@@ -45,6 +45,14 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """A disk of the node: a raw file that it may write to, and the serial number that it shows."""
+
+    file: Path
+    serial: str = ""
+
+
+@dataclass(frozen=True)
 class Machine:
     """A node to boot. `memory` is a number with M or G; `rtc` the clock's start, such as 1970-01-01.
 
@@ -65,6 +73,7 @@ class Machine:
     rtc: str = ""
     oem_files: tuple[Path, ...] = ()
     firmware: tuple[Path, Path] | None = None
+    disks: tuple[Disk, ...] = ()
 
 
 # --- The machine as arguments -----------------------------------------------------------------------------
@@ -83,18 +92,19 @@ def parse_forward(text: str) -> Forward:
 
 def check_machine(machine: Machine) -> None:
     """Raise UsageError that names everything QEMU or the kernel would misunderstand."""
-    problems = [
-        f"{path}: no such file"
-        for path in (machine.kernel, machine.initrd, *machine.oem_files, *(machine.firmware or ()))
-        if not path.is_file()
-    ]
+    files = (machine.kernel, machine.initrd, *machine.oem_files, *(machine.firmware or ()))
+    files += tuple(disk.file for disk in machine.disks)
+    problems = [f"{path}: no such file" for path in files if not path.is_file()]
     shapes = (
         ("memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
         ("host name", machine.hostname, r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})?", "is not a host name"),
         ("mac", machine.mac, r"([0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5})?", "is not like 52:54:00:12:34:56"),
         ("rtc", machine.rtc, r"([0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8})?)?", "is not like 1970-01-01T00:00:00"),
     )
-    problems += [f"{name} {text!r} {what}" for name, text, shape, what in shapes if not re.fullmatch(shape, text)]
+    serials = [("serial", disk.serial, r"[A-Za-z0-9._-]{0,20}", "is not a serial number") for disk in machine.disks]
+    problems += [
+        f"{name} {text!r} {what}" for name, text, shape, what in (*shapes, *serials) if not re.fullmatch(shape, text)
+    ]
     if machine.cpus < 1:
         problems.append(f"{machine.cpus} is not a number of processors")
     if any(word.startswith("rd.anchor.events=") for word in machine.append.split()):
@@ -138,6 +148,10 @@ def arguments(machine: Machine, directory: Path, console: Path) -> list[str]:
     argv += ["-rtc", f"base={machine.rtc}"] if machine.rtc else []
     for path, access in zip(machine.firmware or (), ("on", "off"), strict=False):
         argv += ["-drive", f"if=pflash,format=raw,readonly={access},file={_value(path)}"]
+    for number, disk in enumerate(machine.disks):
+        # What a node that is switched off has flushed is in the file; discarding would only cost time.
+        argv += ["-drive", f"if=none,id=disk{number},format=raw,cache=writeback,file={_value(disk.file)}"]
+        argv += ["-device", f"virtio-blk-pci,drive=disk{number}" + (f",serial={disk.serial}" if disk.serial else "")]
     for file in machine.oem_files:
         argv += ["-smbios", f"type=11,path={_value(file)}"]
     return [*argv, "-pidfile", str(directory / "qemu.pid")]

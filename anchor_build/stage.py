@@ -400,7 +400,8 @@ def _check_files(stage: Stage, problems: list[str]) -> None:
     problems += [f"{declaration}: stage.libs: {lib} {_TAKEN}" for lib in stage.libs if lib in RENDERED]
     if stage.is_core:
         return
-    functions = [f"anchor_{stage.word}_run"] + ([f"anchor_{stage.word}_mount"] if stage.kind == "image" else [])
+    # One that calls anchor_finish has nothing to mount below an overlay.
+    functions = [("run",), ("mount", "root")] if stage.kind == "image" else [("run",)]
     try:
         text = stage.script.read_text(encoding="utf-8")
     except OSError as error:
@@ -409,6 +410,6 @@ def _check_files(stage: Stage, problems: list[str]) -> None:
     except UnicodeDecodeError:
         problems.append(f"{stage.script}: is not UTF-8 text")
         return
-    for function in functions:
-        if not re.search(rf"^{function}\(\)", text, re.MULTILINE):
-            problems.append(f"{stage.script}: does not define {function}()")
+    for names in functions:
+        if not re.search(rf"^anchor_{stage.word}_({'|'.join(names)})\(\)", text, re.MULTILINE):
+            problems.append(f"{stage.script}: does not define anchor_{stage.word}_{names[0]}()")

@@ -3,6 +3,7 @@
 #
 #   cmdline hook     anchor_boot_cmdline   parameters are read and checked, root=anchor is accepted
 #   pre-mount hook   anchor_boot_main      network -> clock -> auth -> manifest -> image -> mount -> overlay on $NEWROOT
+#                                          (or, as the image stage says: image -> root; image -> reboot or power off)
 #   cleanup hook     anchor_boot_handoff   boot.json goes over to the booted root, which adds when it was ready
 
 . "${ANCHOR_ROOT:-}/usr/lib/anchor/lib/anchor-report.sh"
@@ -109,11 +110,40 @@ anchor_boot_main() {
         anchor_boot_parse
     done
     anchor_count_reset
+    anchor_boot_finish
     anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
     anchor_boot_set error ''
     anchor_boot_set hint ''
     anchor_boot_write
+}
+
+# usage: anchor_boot_finish
+# Ends the boot here where the image stage has asked for that, and does not return then.
+anchor_boot_finish() {
+    local key
+    anchor_recall "$ANCHOR_RUN/steps/finish"
+    case $anchor_recall in
+        reboot) key=b ;;
+        poweroff) key=o ;;
+        *) return 0 ;;
+    esac
+    anchor_boot_set result ok
+    anchor_boot_set error ''
+    anchor_boot_set hint ''
+    anchor_boot_write
+    anchor_info "this node has done what it was booted for; next: $anchor_recall"
+    anchor_uptime_ms
+    set -- "{\"event\":\"finished\",\"action\":\"$anchor_recall\",\"at_ms\":$anchor_uptime_ms}"
+    # Who watches the terminal may take this for the end and switch the node off: the server comes first.
+    anchor_event_queue "$1"
+    anchor_post_wait 5000
+    anchor_event_show "$1"
+    # A terminal's last line leaves it after the write has returned.
+    sleep 1
+    while :; do
+        anchor_boot_sysrq "$key"
+    done
 }
 
 # usage: anchor_boot_preload
@@ -152,6 +182,7 @@ anchor_boot_forget() {
 # One try at all steps; each may be repeated.
 anchor_boot_steps() {
     anchor_manifest_forget
+    rm -f "$ANCHOR_RUN/steps/finish"
     anchor_step network '' anchor_net_run || return 1
     anchor_boot_preload
     anchor_boot_set node "$(anchor_net_hostname)"
@@ -163,6 +194,14 @@ anchor_boot_steps() {
         anchor_step manifest '' anchor_boot_manifest && anchor_manifest_use || return 1
     fi
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
+    anchor_recall "$ANCHOR_RUN/steps/finish"
+    case $anchor_recall in
+        reboot | poweroff) return 0 ;;
+        root)
+            anchor_step root "image/$anchor_image" "anchor_${anchor_image}_root" "${NEWROOT:-/sysroot}"
+            return
+            ;;
+    esac
     mkdir -p "$ANCHOR_RUN/lower" || return 1
     anchor_step mount "image/$anchor_image" "anchor_${anchor_image}_mount" "$ANCHOR_RUN/lower" || return 1
     anchor_step overlay '' anchor_overlay_run "$ANCHOR_RUN/lower" "${NEWROOT:-/sysroot}"

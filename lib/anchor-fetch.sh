@@ -17,8 +17,8 @@
 # asked for at several URLs in turn, so state that belongs to one URL (validator, size) has to be kept by URL.
 # A transport may have anchor_<transport>__total FILE, which sets anchor_fetch_total to the size that FILE will have,
 # or to nothing while that is not known. It is called in another process while the attempt runs.
-# A transport that can append to a named pipe may have anchor_<transport>_stream URL PIPE MAX_BYTES, with the same contract:
-# how many bytes went into PIPE in all is kept in PIPE.size, where anchor_fetch_size finds it.
+# FILE may be a named pipe (see anchor-stream.sh): anchor_fetch_size tells how many bytes it has had, too, and it cannot be
+# opened for reading.
 # A transport that reaches files where they are may have anchor_<transport>_place URL, which sets anchor_fetch_placed to
 # a local path of the whole file and copies nothing. Statuses 0, 1 and 2 as above.
 
@@ -34,23 +34,15 @@ ANCHOR_FETCH_MAX_WAIT=120
 # Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}; attempts is the number of rounds.
 # Notes url (which served the end), attempts, bytes and sha256. Status 0 or 1.
 anchor_fetch() {
-    anchor_fetch__start "$1" "$2" "${3:-}" "${4:-}" ''
+    local sink=''
+    anchor_fetch__download "$@"
 }
 
-# usage: anchor_fetch_stream "URL..." NAME SHA256 SIZE FUNCTION
-# The same for what is not to be kept as it comes: FUNCTION reads it from its standard input, as fast as it likes, and
-# NAME.fetch is a directory for what this needs meanwhile. What broke off is resumed without FUNCTION noticing. It runs in
-# a process of its own, and possibly several times, after a mirror that sent something else: each time it begins anew, and
-# what it leaves counts only if this succeeds: only then the digest is known. FUNCTION calls anchor_fail and returns 1
-# where it cannot use what it reads; this is said if the digest is right. Needs the programs head and tee.
-anchor_fetch_stream() {
-    anchor_fetch__start "$@"
-}
-
-# usage: anchor_fetch__start "URL..." DEST SHA256 SIZE FUNCTION
-anchor_fetch__start() {
-    local urls="$1" dest="$2" want="$3" expected="$4" sink="$5" work="$2.fetch" file="$2.fetch/data"
-    local digester='' pourer='' start deadline status
+# usage: anchor_fetch__download "URL..." DEST [SHA256 [SIZE]]
+# What anchor_fetch and anchor_fetch_stream share. Reads sink, a function that takes the bytes; without it they go to DEST.
+anchor_fetch__download() {
+    local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" work="$2.fetch" file="$2.fetch/data"
+    local digester='' start deadline status
     # Another run may have been cut off here, and an older image would take memory from the new one.
     if ! rm -rf "${work:?}" || ! rm -f "$dest" || ! mkdir -m 700 "$work"; then
         anchor_fail "cannot write beside $dest" "is its file system mounted and writable?"
@@ -90,7 +82,7 @@ anchor_fetch__start() {
 # the digest is taken, and noted, only where SHA256 is given: a file on a server need not come over to be mounted.
 # Status 0, 1, or 2 when no transport can reach this URL in place.
 anchor_fetch_place() {
-    local url="$1" want="${2:-}" expected='' sink='' round=1 sum start deadline
+    local url="$1" want="${2:-}" expected='' round=1 sum start deadline
     anchor_fetch_placed=
     anchor_fetch_plain "$url"
     anchor_stage_for_scheme "${url%%://*}" && command -v "anchor_${anchor_transport}_place" >/dev/null || return 2
@@ -152,12 +144,12 @@ anchor_fetch_amount() {
 }
 
 # usage: anchor_fetch_size FILE
-# Sets anchor_fetch_size: its size in bytes, 0 where there is no file; of a pipe, what went into it in all.
+# Sets anchor_fetch_size: its size in bytes, 0 where there is no file. Of a stream, how many bytes have gone through; only
+# while nobody writes to it.
 anchor_fetch_size() {
-    if [ -p "$1" ]; then
-        anchor_recall "$1.size"
-        anchor_fetch_size=${anchor_recall:-0}
-        return 0
+    if [ -p "$1" ] || [ -d "$1" ]; then
+        anchor_stream_size "$1"
+        return
     fi
     anchor_fetch_size=$(stat -c %s "$1" 2>/dev/null) || anchor_fetch_size=0
 }
@@ -178,8 +170,7 @@ anchor_fetch_too_large() {
     fi
     anchor_fetch_amount "$anchor_fetch_max"
     fit=$anchor_fetch_amount
-    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $fit fit ($anchor_fetch_room)" \
-        "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
+    anchor_fail "$anchor_fetch_url is too large: it needs $needs, and $fit fit ($anchor_fetch_room)" "$anchor_fetch_room_hint"
 }
 
 # usage: anchor_fetch__all
@@ -275,10 +266,6 @@ anchor_fetch__admissible() {
             "build it with a transport for them: anchor-build stages lists the transports and their schemes"
         return 1
     fi
-    if [ -n "$sink" ] && ! command -v "anchor_${anchor_transport}_stream" >/dev/null; then
-        anchor_fail "${url%%://*}:// URLs cannot be read as a stream" "put the file on an https:// server"
-        return 1
-    fi
     # A manifest has its signature instead of a digest.
     if [ -z "$want" ] && [ "$anchor_transport_needs_digest" = 1 ] && [ "${anchor_fetch_signed:-}" != 1 ]; then
         anchor_fail "refused to fetch $anchor_fetch_url without a digest: nothing protects ${url%%://*}://" \
@@ -359,11 +346,7 @@ anchor_fetch__attempt() {
     anchor_note url "$anchor_fetch_url"
     [ ! -e "$work/error" ] || rm -f "$work/error" "$work/hint"
     if [ -z "$expected" ] || [ "$before" != "$expected" ]; then
-        if [ -n "$sink" ]; then
-            "anchor_${anchor_transport}_stream" "$url" "$file" "$anchor_fetch_max"
-        else
-            "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
-        fi
+        "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
         status=$?
     fi
     anchor_fetch_size "$file"
@@ -375,6 +358,10 @@ anchor_fetch__attempt() {
             *" $n "*) ;;
             *) sources="$sources $n" ;;
         esac
+    fi
+    if [ -n "$sink" ] && anchor_stream__broke; then
+        anchor_fetch__accept broken
+        return
     fi
     case $status in
         0)
@@ -516,16 +503,11 @@ anchor_fetch__took() {
 }
 
 # usage: anchor_fetch__budget
-# Sets anchor_fetch_max: how many bytes file may have in all, and anchor_fetch_room: the numbers behind it. Status 1 when
-# there is no room for the file.
+# Sets anchor_fetch_max: how many bytes file may have in all; anchor_fetch_room and anchor_fetch_room_hint: the numbers
+# behind it, and what would change them; and anchor_fetch_memory, the bytes that fit into memory. Status 1 when there is
+# no room for the file.
 anchor_fetch__budget() {
     local key value rest free='' available=''
-    if [ -n "$sink" ]; then
-        anchor_fetch_max=$expected
-        anchor_fetch_amount "$expected"
-        anchor_fetch_room="the file should have $anchor_fetch_amount"
-        return 0
-    fi
     if [ -r "${ANCHOR_ROOT:-}/proc/meminfo" ]; then
         while read -r key value rest; do
             [ "$key" != MemAvailable: ] || available=$((value * 1024))
@@ -542,16 +524,21 @@ anchor_fetch__budget() {
         anchor_fetch_amount "$anchor_fetch_reserve"
         anchor_fetch_room="$anchor_fetch_room, of which $anchor_fetch_amount stay free"
     fi
+    anchor_fetch_memory=$anchor_fetch_max
+    anchor_fetch_room_hint="give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
     # What an earlier attempt left is part of the file, and no longer part of what is free.
     anchor_fetch_size "$file"
     anchor_fetch_max=$((anchor_fetch_max + anchor_fetch_size))
-    if [ -n "${anchor_fetch_limit:-}" ] && [ "$anchor_fetch_limit" -lt "$anchor_fetch_max" ]; then
+    if [ -n "$sink" ]; then
+        anchor_fetch_max=${anchor_fetch_limit:-999999999999999}
+        anchor_fetch_room=${anchor_fetch_limit_why:-}
+        anchor_fetch_room_hint="make the image smaller, or take something larger to write it to"
+    elif [ -n "${anchor_fetch_limit:-}" ] && [ "$anchor_fetch_limit" -lt "$anchor_fetch_max" ]; then
         anchor_fetch_max=$anchor_fetch_limit
         anchor_fetch_room="no manifest is larger"
     fi
     if [ "$anchor_fetch_max" -le 0 ]; then
-        anchor_fail "no room for $anchor_fetch_url: $anchor_fetch_room" \
-            "give the node more memory, or lower rd.anchor.fetch.reserve"
+        anchor_fail "no room for $anchor_fetch_url: $anchor_fetch_room" "$anchor_fetch_room_hint"
         return 1
     fi
     [ -n "$expected" ] || return 0
@@ -623,7 +610,8 @@ anchor_fetch__from_zero() {
     pieces=0
     sources=
     owner=
-    anchor_fetch__unfollow
+    anchor_fetch__unfollow || return 1
+    # A sink that nobody will feed need not begin.
     [ -n "$mirrors" ] || [ -z "$sink" ] || return 0
     anchor_fetch__follow
 }
@@ -631,11 +619,12 @@ anchor_fetch__from_zero() {
 # usage: anchor_fetch__follow
 # Begins an empty file and takes its digest in the background. Sets digester.
 anchor_fetch__follow() {
-    rm -f "$work/end" "$work/feeder" "$file"
+    rm -f "$work/end" "$work/feeder"
     if [ -n "$sink" ]; then
-        anchor_fetch__open
+        anchor_stream__open
         return
     fi
+    rm -f "$file"
     if ! (umask 077 && : >"$file"); then
         anchor_fail "cannot write to $work" "is its file system full?"
         return 1
@@ -645,63 +634,13 @@ anchor_fetch__follow() {
     digester=$!
 }
 
-# usage: anchor_fetch__open
-# The same where the bytes are not kept: file is a pipe. It is held open between attempts, so that whoever reads it sees
-# one stream.
-anchor_fetch__open() {
-    rm -f "$file.size" "$work/copy" "$work/poured" "$work/why" "$work/todo"
-    if ! mkfifo -m 600 "$file" "$work/copy" || ! printf '0\n' >"$file.size"; then
-        anchor_fail "cannot write to $work" "is its file system full?"
-        return 1
-    fi
-    # Opened for both, a pipe waits for nobody; then its reader must not be a writer, nor its writer a reader.
-    exec 7<>"$file"
-    exec 8>"$file"
-    exec 9<"$file"
-    exec 7>&-
-    # `exec` closes them for good: beside a function dash would keep them elsewhere, for afterwards.
-    (
-        exec 8>&- <&9 9<&-
-        anchor_fetch__pour
-    ) <&9 &
-    pourer=$!
-    exec 9<&-
-    (
-        exec 8>&-
-        anchor_fetch__digest
-    ) <"$work/copy" >"$work/sha256" &
-    digester=$!
-}
-
-# usage: anchor_fetch__pour <PIPE
-# Gives what comes to the digest and to sink, and keeps how that ended. What sink leaves is read to its end: the digest
-# decides whether it was given the right bytes.
-anchor_fetch__pour() {
-    head -c "$((expected + 1))" | tee "$work/copy" | {
-        # shellcheck disable=SC2317 # the sink calls it
-        anchor_fail() {
-            anchor_keep "$work/why" "$1"
-            anchor_keep "$work/todo" "${2:-}"
-            return 1
-        }
-        ("$sink")
-        printf '%s\n' "$?" >"$work/poured"
-        cat >/dev/null
-    }
-}
-
 # usage: anchor_fetch__unfollow
 # Ends the digest at the present end of the file; anchor_fetch__follow's processes are gone afterwards.
 anchor_fetch__unfollow() {
     local feeder=''
     [ -n "$digester" ] || return 0
-    if [ -n "$sink" ]; then
-        exec 8>&-
-        wait "$digester" "$pourer" 2>/dev/null
-        digester=
-        return 0
-    fi
     : >"$work/end"
+    [ -z "$sink" ] || anchor_stream__close
     # An empty feeder file means that it has yet to look for the end file.
     [ ! -s "$work/feeder" ] || read -r feeder <"$work/feeder"
     [ -z "$feeder" ] || kill -TERM "$feeder" 2>/dev/null
@@ -770,12 +709,21 @@ anchor_fetch__progress() {
     anchor_info "$line, $anchor_fetch_amount/s"
 }
 
-# usage: anchor_fetch__accept
+# usage: anchor_fetch__accept [broken]
 # Checks the digest of the whole file and moves it to dest. Status 0, 1 when that cannot be, or 2 when it is not the right
-# file: then what it came from has been judged.
+# file: then what it came from has been judged. broken: a sink has ended before the file did.
 anchor_fetch__accept() {
-    local sum='' rest took
+    local sum='' rest took sunk=0
     anchor_fetch__unfollow
+    if [ -n "$sink" ]; then
+        anchor_stream__verdict
+        sunk=$?
+        [ "$sunk" -ne 2 ] || return 1
+        if [ -n "${1:-}" ]; then
+            anchor_fetch__reject "$anchor_stream_why" "$anchor_stream_hint"
+            return
+        fi
+    fi
     read -r sum rest <"$work/sha256"
     if [ ${#sum} -ne 64 ]; then
         anchor_fail "could not take the digest of $anchor_fetch_url" "is sha256sum in the initramfs?"
@@ -791,16 +739,14 @@ anchor_fetch__accept() {
         anchor_fetch__reject "its SHA-256 digest is $sum, expected $want"
         return
     fi
-    if [ -n "$sink" ]; then
-        anchor_recall "$work/poured"
-        if [ "$anchor_recall" != 0 ]; then
-            anchor_recall "$work/todo"
-            rest=$anchor_recall
-            anchor_recall "$work/why"
-            anchor_fail "${anchor_recall:-what $anchor_fetch_url holds could not be used}" "$rest"
-            return 1
-        fi
-    elif ! mv -f "$file" "$dest"; then
+    if [ "$sunk" -ne 0 ] && [ -n "$want" ]; then
+        anchor_fail "$anchor_stream_why" "$anchor_stream_hint"
+        return 1
+    elif [ "$sunk" -ne 0 ]; then
+        anchor_fetch__reject "$anchor_stream_why" "$anchor_stream_hint"
+        return
+    fi
+    if [ -z "$sink" ] && ! mv -f "$file" "$dest"; then
         anchor_fail "cannot move the download to $dest"
         return 1
     fi
@@ -812,7 +758,7 @@ anchor_fetch__accept() {
     anchor_info "$rest ($anchor_fetch_amount/s), sha256 $sum"
 }
 
-# usage: anchor_fetch__reject WHY
+# usage: anchor_fetch__reject WHY [HINT]
 # Forgets a file that is not the right one. Where it is known who sent it, that mirror is dropped; what came in several
 # parts is fetched once more, all of it from one mirror. Status 2, or 1 if file cannot be written any more.
 anchor_fetch__reject() {
@@ -828,7 +774,7 @@ anchor_fetch__reject() {
         queue="$queue $n"
     else
         anchor_fail "$anchor_fetch_url is not what it should be: $1" \
-            "someone changed the file or the digest on the command line is of another version; the file was removed"
+            "${2:-someone changed the file or the digest on the command line is of another version; it is not used}"
         anchor_fetch__drop
     fi
     anchor_fetch__from_zero || return 1

@@ -109,27 +109,18 @@ anchor_http__request() {
 # Runs curl. Sets code to the HTTP status ("000" without one); headers and messages are in the state directory.
 # Status: curl's.
 anchor_http__curl() {
-    local answered
     rm -f "$state/headers" "$state/error"
     (umask 077 && anchor_http__request >"$state/request") || return 23
     set -- --fail --output "$file" --dump-header "$state/headers" \
         --location --max-redirs "$ANCHOR_HTTP_REDIRECTS" --max-time "$anchor_fetch_left" \
         --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset))
     [ "$offset" -eq 0 ] || set -- "$@" --continue-at "$offset"
-    # What went into a pipe cannot be looked at afterwards.
-    [ ! -p "$file" ] || set -- "$@" --write-out '%{http_code} %{size_download}'
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
         trap '' XFSZ
         ulimit -f $(((max + 511) / 512)) 2>/dev/null
         anchor_http__exec "$@" 2>"$state/error"
     )
-    answered=$?
-    case $code:$offset in
-        "200 "*:0 | "206 "*) printf '%s\n' $((offset + ${code#* })) >"$file.size" ;;
-    esac
-    code=${code%% *}
-    return "$answered"
 }
 
 # usage: anchor_http__exec OPTION...

@@ -224,6 +224,8 @@ anchor_nfs_copy() {
 # the kernel does not let end otherwise. SIGTERM ends the guard once NAME.guarded is there, and NAME.end before that.
 anchor_nfs__guard() {
     local before
+    # What goes through a pipe is not counted before its end: there the limit of the whole download is the only one.
+    [ ! -p "$2" ] || return 0
     # Its own last child is what it waits for; before there is one, $! is the copy, which is over then. A shell that was
     # forked this moment, to become sleep, would swallow SIGTERM.
     trap 'kill -KILL "$!"; exit 143' TERM

@@ -15,7 +15,7 @@
 # or else in the stage's variables anchor_registry_user and anchor_registry_password; these are for the image's own
 # registry and for no mirror.
 #
-# Needs anchor-report.sh, anchor-fetch.sh, anchor-http.sh, and the programs jq, curl, base64, uname, head, tee.
+# Needs anchor-report.sh, anchor-fetch.sh, anchor-stream.sh, anchor-http.sh, and the programs jq, curl, base64, uname.
 # shellcheck disable=SC2154 # what anchor-fetch.sh and anchor-http.sh set
 
 ANCHOR_OCI_DOCUMENT_MAX=4194304 # bytes of a manifest or a configuration; registries have this limit, too
@@ -309,11 +309,6 @@ anchor_registry_run() {
     done
 }
 
-# usage: anchor_registry_stream URL PIPE MAX_BYTES
-anchor_registry_stream() {
-    anchor_registry_run "$@"
-}
-
 # usage: anchor_registry__total FILE
 anchor_registry__total() {
     anchor_http_size registry "$1"
@@ -494,7 +489,7 @@ anchor_registry__token() {
     anchor_http_get registry "$query" "$2" "$ANCHOR_OCI_TOKEN_MAX" "${anchor_registry_proxy:-}"
     status=$?
     token=
-    [ "$status" -ne 0 ] || token=$(jq -r -s 'if length == 1 then .[0] | objects | .token // .access_token | strings else empty end' "$2" 2>/dev/null)
+    [ "$status" -ne 0 ] || token=$(jq -r -s 'select(length < 2)[0] | objects | .token // .access_token | strings' "$2" 2>/dev/null)
     rm -rf "$2" "${2:?}.registry"
     [ "$status" -eq 0 ] || return "$status"
     case $token in

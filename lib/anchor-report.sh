@@ -128,6 +128,13 @@ anchor_note_number() {
     [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "${digits:+$sign}${digits:-0}"
 }
 
+# usage: anchor_finish reboot|poweroff|root
+# For an image stage: the boot does not go on with a mounted image and an overlay. It ends with a reboot or power off, or
+# the stage mounts the root itself (anchor_<stage>_root DIR).
+anchor_finish() {
+    anchor_keep "$ANCHOR_RUN/steps/finish" "$1"
+}
+
 # usage: anchor_json TEXT
 # Sets anchor_json: TEXT as a JSON string, quotes included; see anchor_printable.
 anchor_json() {

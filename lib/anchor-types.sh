@@ -447,6 +447,27 @@ anchor_type_mac() {
     done
 }
 
+# anchor_type_disk VALUE: a device below /dev, what a disk is known by, or how to choose one
+anchor_type_disk() {
+    local LC_ALL=C
+    anchor_type__text "$1" || return 1
+    case $1 in
+        'smallest' | 'largest' | 'only') return 0 ;;
+        serial:*[!A-Za-z0-9._:+-]* | serial: | wwn:*[!A-Za-z0-9._:+-]* | wwn:) ;;
+        serial:* | wwn:*)
+            set -- "${1#*:}"
+            [ "${#1}" -gt 64 ] || return 0
+            ;;
+        *[!A-Za-z0-9._:+@=/-]*) ;;
+        *)
+            ! anchor_type__path "$1" || case $anchor_value in
+                /dev/?*) return 0 ;;
+            esac
+            ;;
+    esac
+    anchor_type__refuse "is not a disk such as /dev/sda, serial:S1A2B3, wwn:0x5000c500a1b2c3d4, smallest, largest or only"
+}
+
 anchor_type_tty() {
     local LC_ALL=C device
     anchor_type__text "$1" || return 1

@@ -23,7 +23,7 @@ from anchor_build.bootwatch import (
 )
 from anchor_build.console import ERASE_LINE, Console
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.events import Begin, Boot, End, Event, Failed, Ready, SwitchRoot
+from anchor_build.events import Begin, Boot, End, Event, Failed, Finished, Ready, SwitchRoot
 from anchor_build.qemu import Accel, Machine, boot, check_machine, choose_accel, parse_forward
 
 # A pause shorter than this between two steps is not worth a line.
@@ -54,7 +54,7 @@ class LiveSteps(Watcher):
                     self.console.detail(f"        {key}: {value}")
             case Failed():
                 self.close(failed=True)
-            case Boot() | SwitchRoot() | Ready():
+            case Boot() | SwitchRoot() | Finished() | Ready():
                 self.close()
                 self.console.detail(f"        {describe(event)}")
         if isinstance(event, Boot | End):
@@ -215,6 +215,8 @@ def rows(result: BootResult) -> list[list[object]]:
                 table.append([event.step, event.stage, event.start_ms / 1000, event.duration_ms / 1000])
             case SwitchRoot():
                 table.append(["switch_root", "", event.at_ms / 1000, ""])
+            case Finished():
+                table.append([event.action, "", event.at_ms / 1000, ""])
             case Ready():
                 table.append(["ready", "", event.at_ms / 1000, ""])
     return table

@@ -36,6 +36,7 @@ from anchor_build.events import (
     End,
     Event,
     Failed,
+    Finished,
     InvalidLineError,
     Ready,
     SwitchRoot,
@@ -121,6 +122,8 @@ def _advance(node: Node, event: Event, record: dict[str, Any], now: float) -> No
             where = f"after {event.step}"
         case SwitchRoot():
             state, where, node.error, node.log = "starts", "switch_root", "", ()
+        case Finished():
+            state, where, node.error, node.log = "ready", event.action, "", ()
         case Ready():
             state = "ready"
         case Boot():

@@ -12,8 +12,3 @@ anchor_https_run() {
 anchor_https__total() {
     anchor_http_size https "$1"
 }
-
-# usage: anchor_https_stream URL PIPE MAX_BYTES
-anchor_https_stream() {
-    anchor_https_run "$@"
-}

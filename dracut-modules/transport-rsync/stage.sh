@@ -35,6 +35,11 @@ anchor_rsync_run() {
         anchor_fetch_too_large "$size"
         return 1
     fi
+    # A stream needs no room, but rsync does: it writes to a file of its own, which may get ahead of who takes the bytes.
+    if [ -p "$file" ] && [ "$size" -gt "$anchor_fetch_memory" ]; then
+        anchor_rsync__no_stream
+        return 1
+    fi
     if [ "$offset" -gt 0 ] && ! anchor_rsync__same; then
         anchor_fetch_error="what is here is of another version, or came from elsewhere"
         return 3
@@ -314,6 +319,16 @@ anchor_rsync__words() {
 # The known server does not want the key, or ssh cannot use it: where auth made it, another try gets another one.
 anchor_rsync__reject() {
     [ -n "$anchor_rsync_ssh_key" ] || anchor_reject_credentials
+}
+
+# usage: anchor_rsync__no_stream
+anchor_rsync__no_stream() {
+    local needs
+    anchor_fetch_amount "$size"
+    needs=$anchor_fetch_amount
+    anchor_fetch_amount "$anchor_fetch_memory"
+    anchor_fail "rsync cannot stream $anchor_fetch_url: it keeps the file in memory, which has room for $anchor_fetch_amount of $needs" \
+        "serve it over https, s3 or nfs, which stream, or give the node more memory"
 }
 
 # usage: anchor_rsync__again ERROR [HINT]

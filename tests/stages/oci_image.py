@@ -32,8 +32,9 @@ class Layer:
         entry = tarfile.TarInfo(name)
         entry.mtime = 1_600_000_000
         entry.size = len(content)
-        for key, value in (xattrs or {}).items():
-            entry.pax_headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
+        entry.pax_headers = {
+            f"SCHILY.xattr.{key}": value.decode("utf-8", "surrogateescape") for key, value in (xattrs or {}).items()
+        }
         for key, value in facts.items():
             setattr(entry, key, value)
         blocks = entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")

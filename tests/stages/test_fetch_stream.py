@@ -7,16 +7,18 @@ from collections.abc import Mapping
 
 import pytest
 
+from tests.shell.downloads import DATA, DIGEST, OTHER, limits
 from tests.stages import hostile_http as fake
 from tests.stages import https_node
 from tests.stages.hostile_http import hostile
-from tests.stages.https_node import DATA, DEFAULTS, DIGEST, OTHER, SCRIPT, STAGE, Node
+from tests.stages.https_node import SCRIPT, STAGE, Node
 
 site, node, dash = https_node.site, https_node.node, https_node.dash
 
 STREAM = SCRIPT.replace(
     'anchor_fetch "$@"',
     """
+. "$LIB/anchor-stream.sh"
 into() {
     printf 'begun\\n' >>"$ANCHOR_ROOT/begun"
     [ -z "$LEAVES" ] || return 0
@@ -32,8 +34,7 @@ def stream(
     node: Node, url: str, *, sha256: str = DIGEST, size: int = len(DATA), env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Give a download to a reader that writes it to `out`."""
-    environment = {f"anchor_fetch_{name}": str(value) for name, value in DEFAULTS.items()}
-    environment |= {"STAGE": str(STAGE), "anchor_https_proxy": "", **(env or {})}
+    environment = limits({}) | {"STAGE": str(STAGE), "anchor_https_proxy": "", **(env or {})}
     done = node.shell.run(STREAM, url, str(node.image), sha256, str(size), env=environment, timeout=60)
     assert not list(node.image.parent.iterdir())
     return done

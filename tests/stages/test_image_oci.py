@@ -29,7 +29,7 @@ STAGE = TOP / "dracut-modules/image-oci/stage.sh"
 WRONG = "not " + PASSWORD
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SCRIPT = """
-. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$LIB/anchor-http.sh" && . "$LIB/anchor-oci.sh" || exit 9
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$LIB/anchor-stream.sh" && . "$LIB/anchor-http.sh" && . "$LIB/anchor-oci.sh" || exit 9
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
@@ -329,7 +329,7 @@ def test_a_mirror_brings_what_the_registry_lacks(dash: Node, layers: list[Layer]
     assert "last" in dash.facts(image, mirrors=f"https://{dash.site.mutual.host}/team/mirrored")
 
 
-BAD_LAYERS = {
+BAD_LAYERS: dict[str, tuple[Layer | bytes, str]] = {
     "up": (Layer().add("../up", b"x"), "leads out of the image"),
     "inner": (Layer().add("a/../../up", b"x"), "cannot be made a squashfs"),
     "whiteout": (Layer().add("etc/.wh..."), "leads out of the image"),

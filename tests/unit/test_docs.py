@@ -136,7 +136,7 @@ def test_parameters_exist(document: Path, example: Path) -> None:
 
 
 def test_older_names_are_in_the_migration_table() -> None:
-    text = (TOP / "doc" / "from-anchor-0.1.5.md").read_text(encoding="utf-8")
+    text = "".join((TOP / "doc" / name).read_text(encoding="utf-8") for name in ("from-anchor-0.1.5.md", "disk.md"))
     registry = load_registry()
     for param in (param for stage in (registry.core, *registry.stages) for param in stage.params):
         assert all(f"| `{name}=" in text for name in param.alias), param.key

@@ -74,7 +74,7 @@ def test_no_type_accepts_what_is_not_text(name: str, value: str, reason: str) ->
 
 def test_the_table_is_complete_and_closed() -> None:
     assert " ".join(TYPES) == (
-        "string name bool int size size-or-percent duration choice host port email url path sha256 mac tty "
+        "string name bool int size size-or-percent duration choice host port email url path sha256 mac disk tty "
         "nfs-export secret list"
     )
     assert all(kind.name == name and kind.summary and kind.metavar for name, kind in TYPES.items())

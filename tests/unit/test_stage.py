@@ -159,6 +159,7 @@ def test_a_library_cannot_replace_a_rendered_file(write_stage: WriteStage, name:
         ("auth", "# anchor_demo_run()\n", ["run"]),
         ("image", "anchor_demo_run() {\n    :\n}\n", ["mount"]),
         ("image", "", ["run", "mount"]),
+        ("image", "anchor_demo_root() {\n    :\n}\n", ["run"]),
     ],
 )
 def test_functions_that_are_missing(write_stage: WriteStage, kind: str, script: str, lacking: list[str]) -> None:

@@ -121,9 +121,10 @@ anchor_boot_main() {
 # usage: anchor_boot_finish
 # Ends the boot here where the image stage has asked for that, and does not return then.
 anchor_boot_finish() {
-    local key
+    local key action
     anchor_recall "$ANCHOR_RUN/steps/finish"
-    case $anchor_recall in
+    action=$anchor_recall
+    case $action in
         reboot) key=b ;;
         poweroff) key=o ;;
         *) return 0 ;;
@@ -132,9 +133,9 @@ anchor_boot_finish() {
     anchor_boot_set error ''
     anchor_boot_set hint ''
     anchor_boot_write
-    anchor_info "this node has done what it was booted for; next: $anchor_recall"
+    anchor_info "this node has done what it was booted for; next: $action"
     anchor_uptime_ms
-    set -- "{\"event\":\"finished\",\"action\":\"$anchor_recall\",\"at_ms\":$anchor_uptime_ms}"
+    set -- "{\"event\":\"finished\",\"action\":\"$action\",\"at_ms\":$anchor_uptime_ms}"
     # Who watches the terminal may take this for the end and switch the node off: the server comes first.
     anchor_event_queue "$1"
     anchor_post_wait 5000

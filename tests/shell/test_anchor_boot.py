@@ -452,6 +452,28 @@ def test_poweroff_at_once(node: Shell, run: Run) -> None:
     assert calls(node)[:3] == ["network", "clock", "sleep 30"]
 
 
+@pytest.mark.parametrize(("word", "key"), [("reboot", "b"), ("poweroff", "o")])
+def test_an_image_stage_may_end_the_boot_as_a_success(node: Shell, run: Run, word: str, key: str) -> None:
+    stage = node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh"
+    stage.write_text(f"anchor_squashfs_run() {{ stand_in image; anchor_finish {word}; }}\n")
+    script = (
+        'anchor_boot_load; anchor_boot_sysrq() { printf "%s" "$1"; exit 7; }\nanchor_boot_cmdline && anchor_boot_main'
+    )
+    done = run(script)
+    assert (done.returncode, done.stdout) == (7, key), done.stderr
+    assert f"done what it was booted for; next: {word}" in done.stderr
+    assert report(node)["result"] == "ok"
+    assert [call for call in calls(node) if call.startswith(("mount", "overlay"))] == []
+
+
+def test_an_image_stage_may_mount_the_root_itself(node: Shell, run: Run) -> None:
+    stage = node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh"
+    stage.write_text('anchor_squashfs_run() { anchor_finish root; }\nanchor_squashfs_root() { stand_in root "$@"; }\n')
+    assert run().returncode == 0
+    assert calls(node)[-1] == "root /newroot"
+    assert [step["step"] for step in report(node)["steps"]][-2:] == ["image", "root"]
+
+
 def test_a_kernel_that_ignores_sysrq_leads_to_another_try_and_no_shell(node: Shell, run: Run) -> None:
     fail(node, "clock")
     done = run(line=f"{LINE} rd.anchor.on_failure=poweroff")

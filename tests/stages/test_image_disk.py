@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,11 +160,21 @@ def xz(data: bytes) -> bytes:
 # --- The image arrives ------------------------------------------------------------------------------------
 
 
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "raw": bytes,
+    "gzip": lambda data: gzip.compress(data, 1),
+    "zstd": zstd,
+    "xz": xz,
+}
+
+
 @pytest.mark.parametrize(
-    "pack", [bytes, lambda data: gzip.compress(data, 1), zstd, xz], ids=["raw", "gzip", "zstd", "xz"]
+    ("node", "name"),
+    [*((shell, "zstd") for shell in sorted(SHELLS)), *(("dash", name) for name in PACKED if name != "zstd")],
+    indirect=["node"],
 )
-def test_an_image_is_written_and_read_back(node: Node, pack: object) -> None:
-    assert callable(pack)
+def test_an_image_is_written_and_read_back(node: Node, name: str) -> None:
+    pack = PACKED[name]
     packed = pack(IMAGE)
     done = node.run(disk_url=node.put("image", packed), disk_sha256=sha256(packed), disk_raw_sha256=sha256(IMAGE))
     assert node.installed(done)

@@ -97,6 +97,7 @@ def test_arguments_of_a_whole_machine() -> None:
         mac="52:54:00:12:34:56",
         rtc="1970-01-01",
         oem_files=(Path("/a,b/token"),),
+        disks=(qemu.Disk(Path("/a,b/disk"), "S-1"), qemu.Disk(Path("/other"))),
     )
     assert qemu.arguments(machine, Path("/w,1"), Path("/c,d/log")) == [
         *("-machine", "q35", "-cpu", "max,erms=off,fsrm=off", "-accel", "tcg,thread=multi"),
@@ -111,6 +112,10 @@ def test_arguments_of_a_whole_machine() -> None:
         "user,id=net0,hostname=node1.example,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.1:8080-:80",
         *("-device", "virtio-net-pci,netdev=net0,romfile=,mac=52:54:00:12:34:56"),
         *("-rtc", "base=1970-01-01"),
+        *("-drive", "if=none,id=disk0,format=raw,cache=writeback,file=/a,,b/disk"),
+        *("-device", "virtio-blk-pci,drive=disk0,serial=S-1"),
+        *("-drive", "if=none,id=disk1,format=raw,cache=writeback,file=/other"),
+        *("-device", "virtio-blk-pci,drive=disk1"),
         *("-smbios", "type=11,path=/a,,b/token"),
         *("-pidfile", "/w,1/qemu.pid"),
     ]
@@ -170,6 +175,8 @@ def test_a_forward_that_is_not_on_the_loopback_is_refused(text: str) -> None:
     [
         ({"kernel": Path("/nowhere")}, "/nowhere: no such file"),
         ({"oem_files": (Path("/nowhere/token"),)}, "/nowhere/token: no such file"),
+        ({"disks": (qemu.Disk(Path("/nowhere/disk")),)}, "/nowhere/disk: no such file"),
+        ({"disks": (qemu.Disk(Path("/dev/null"), "A,readonly=on"),)}, "is not a serial number"),
         ({"memory": "2048"}, "memory '2048' is not a size"),
         ({"memory": "2G,slots=2"}, "is not a size"),
         ({"cpus": 0}, "0 is not a number of processors"),

@@ -1,4 +1,4 @@
-"""A node that writes a disk: 256 MiB over HTTP, a power cut on the way, and the system that is then on the disk."""
+"""A node that writes a disk: 96 MiB over HTTP, a power cut on the way, and the system that is then on the disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.stages.disk_images import MIB, RECORD_AT, SECTOR, gpt, noise
 
 pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
-SIZE = 256 * MIB
+SIZE = 96 * MIB
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def make_image(directory: Path) -> Path:
     (tree / "etc/os-release").write_text("ID=installed\n")
     shutil.copy("/bin/busybox", tree / "sbin/init")
     (tree / "usr/lib/ld-test.so").write_bytes(b"\0")  # what older versions of dracut look for in a root
-    # About a quarter of the disk is in use, all over it.
+    # Two thirds of the disk are in use, all over it.
     for n in range(8):
         (tree / f"data{n}").write_bytes(noise(f"boot{n}", 8 * MIB))
     first, last = gpt(SIZE)

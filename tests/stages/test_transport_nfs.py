@@ -75,6 +75,16 @@ def fetch(node: Node, sha256: str = DIGEST) -> subprocess.CompletedProcess[str]:
     return node.run(FETCH, URL, sha256, **DEFAULTS)
 
 
+def test_a_function_reads_the_file_as_it_comes(node: Node) -> None:
+    whole = 'anchor_fetch "$1" "$ANCHOR_ROOT/run/anchor/image/image" "$2"'
+    stream = 'anchor_fetch_stream "$1" "$ANCHOR_ROOT/run/anchor/image/image" "$2" "" reader'
+    reader = '. "$LIB/anchor-stream.sh"; reader() { cat >"$ANCHOR_ROOT/read"; }\n'
+    done = node.run(reader + FETCH.replace(whole, stream), URL, DIGEST, **DEFAULTS)
+    assert done.returncode == 0, done.stderr
+    assert (node.shell.root / "read").read_bytes() == DATA
+    assert "left mounted" not in done.stdout
+
+
 def test_a_download_with_its_digest(node: Node) -> None:
     done = fetch(node)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

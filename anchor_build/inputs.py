@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
     """Return everything that is said to a build, for cache.key_of; secrets do not leave it but as a digest."""
     kernel, root, image = build.kernel, build.kernel.root, build.kernel.image
     return {
-        "anchor_build": [__version__, version("jinja2"), sys.version],
+        "anchor_build": [__version__, sys.version],
         "code": str(data_directory()),
         "root": root.identity or str(root.directory),
         "kernel": [kernel.release, str(root.inside(kernel.modules)), str(image and root.inside(image))],
@@ -94,6 +94,8 @@ def before_build(build: InitramfsBuild) -> cache.Inputs:
     root = build.kernel.root
     # The code that decides what dracut is told, and the stages.
     trees = {str(Path(__file__).parent)} | {str(data_directory() / name) for name in ("dracut-modules", "lib")}
+    if (renderer := find_spec("jinja2")) is not None and renderer.origin is not None:
+        trees.add(str(Path(renderer.origin).parent))
     trees |= {str(stage.directory) for stage in build.plan.all}
     if root.identity:
         return cache.Inputs(frozenset(trees), frozenset(), frozenset())

@@ -93,9 +93,11 @@ def processes_that_know(text: str) -> list[int]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(system: Path, tmp_path: Path) -> Iterator[None]:
     """Check that no test leaves a mount, a process, or a change in the system."""
-    mounts, before = Path("/proc/self/mounts").read_text(encoding="utf-8"), everything(system)
+    before = everything(system)
     yield
-    assert Path("/proc/self/mounts").read_text(encoding="utf-8") == mounts
+    # Others may mount what they like meanwhile.
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+    assert [line for line in mounts.splitlines() if str(system) in line or str(tmp_path) in line] == []
     assert everything(system) == before
     assert processes_that_know(str(tmp_path / "cache")) == []
 
@@ -109,7 +111,7 @@ def test_a_build_is_of_that_system_and_the_second_one_is_kept(system: Path, tmp_
     release = report["kernel"]
     assert (system / "lib/modules" / release).is_dir()
     initramfs = read_initramfs(tmp_path / "node.img")
-    for path in ("usr/bin/curl", "usr/lib/x86_64-linux-gnu/libc.so.6", f"usr/lib/modules/{release}/modules.softdep"):
+    for path in ("usr/bin/curl", "usr/lib/x86_64-linux-gnu/libc.so.6", f"usr/lib/modules/{release}/modules.builtin"):
         member = initramfs.resolve(path)
         assert member is not None, path
         assert member.content == Root(system).at(path).read_bytes(), path
@@ -128,7 +130,7 @@ def test_a_build_is_of_that_system_and_the_second_one_is_kept(system: Path, tmp_
 
     image = (tmp_path / "node.img").read_bytes()
     began = time.monotonic()
-    second = anchor_build(tmp_path, *words[:-3], "again.img", "--json", "--no-copy-kernel")
+    second = anchor_build(tmp_path, *words[:-2], "again.img", "--json", "--no-copy-kernel")
     assert time.monotonic() - began < CACHED_LIMIT_S
     assert "nothing has changed: take the initramfs from the cache" in second.stderr
     assert (tmp_path / "again.img").read_bytes() == image

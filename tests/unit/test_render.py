@@ -72,7 +72,7 @@ def test_module_setup_declares_what_the_stage_needs(site_module: RenderedModule)
     assert setup_values(site_module, "printf '%s\\n' \"${programs[@]}\"") == [
         "tac: install coreutils (deb) or coreutils (rpm)"
     ]
-    assert setup_values(site_module, "printf '%s\\n' \"${drivers[@]}\"") == ["squashfs?", "no_such_driver?"]
+    assert setup_values(site_module, "printf '%s\\n' \"${stage_drivers[@]}\"") == ["squashfs?", "no_such_driver?"]
     files = setup_values(site_module, "printf '%s %s\\n' \"${files[@]}\"")
     assert "notice.txt /usr/share/site/notice.txt" in files
     assert "stage.sh /usr/lib/anchor/stages/auth/20-local-file/stage.sh" in files

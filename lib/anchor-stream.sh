@@ -74,7 +74,7 @@ anchor_stream__pump() {
     exec 8<>"$file" 9<"$file" 8<&-
     until [ -e "$work/end" ]; do
         # It opens the pipe anew, which waits for a writer, and ends when there is none any more.
-        dd if="$file" bs=64K count=$((most + 1 - total)) iflag=count_bytes 9<&- 2>"$work/pumped" || break
+        dd if="$file" bs=64K count=$((most + 1 - total)) iflag=fullblock,count_bytes 9<&- 2>"$work/pumped" || break
         while read -r bytes rest; do
             case $rest in
                 byte*) total=$((total + bytes)) ;;

@@ -246,7 +246,8 @@ anchor_oci__convert() {
     local n="$anchor_oci__n" dir="$anchor_oci_dir/$anchor_oci__n" image="$anchor_oci__image/l$anchor_oci__n" digest sum want listed summed
     rm -f "$image" "$dir/tar" "$dir/sum" "$dir/unpacked" "$dir/made"
     mkfifo "$dir/tar" "$dir/sum" || return 1
-    LC_ALL=C TZ=UTC tar --quoting-style=escape --numeric-owner --full-time -tvf "$dir/tar" >"$anchor_oci__image/list$n" 2>"$dir/tar.error" &
+    # Without -B, tar calls the archive broken where a pipe gives it a part of a block.
+    LC_ALL=C TZ=UTC tar --quoting-style=escape --numeric-owner --full-time -B -tvf "$dir/tar" >"$anchor_oci__image/list$n" 2>"$dir/tar.error" &
     listed=$!
     anchor_fetch__digest <"$dir/sum" >"$dir/diff" &
     summed=$!

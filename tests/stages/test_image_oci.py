@@ -323,6 +323,13 @@ def test_the_nodes_platform_is_taken_from_an_index(dash: Node, layers: list[Laye
     dash.refused(alone, "is for linux/arm64, and this node wants linux/amd64", platform="linux/amd64")
 
 
+def test_a_layer_may_come_in_odd_pieces(dash: Node, layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = push(dash.site.plain, "team/odd", layers[:1])
+    pieces = "anchor_oci__unpack() { gzip -dc | dd bs=3001 status=none; }\nLC_ALL=C\n"
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", SCRIPT.replace("LC_ALL=C\n", pieces))
+    assert "etc/passwd" in dash.facts(f"https://{dash.site.mutual.host}/team/odd@sha256:{digest}")
+
+
 def test_a_mirror_brings_what_the_registry_lacks(dash: Node, layers: list[Layer]) -> None:
     digest = push(dash.site.plain, "team/mirrored", layers)
     image = f"https://127.0.0.1:9/team/elsewhere@sha256:{digest}"

@@ -236,7 +236,8 @@ anchor_net__lease() {
     local link code rest
     command -v networkctl >/dev/null 2>&1 || return 0
     for link in "${ANCHOR_ROOT:-}"/run/systemd/netif/links/*; do
-        [ -f "$link" ] && [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
+        [ -f "$link" ] || continue
+        [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
         timeout 5 networkctl --no-pager --no-legend --full dhcp-lease "${link##*/}" 2>/dev/null |
             while read -r code rest; do
                 [ "$code" != "$1" ] || printf '%s\n' "${rest##* }"

@@ -126,7 +126,7 @@ def booted(site: Site, machine: qemu.Machine, tmp_path: Path) -> Iterator[Node]:
         config.write_text(
             f"Host node\n HostName 127.0.0.1\n Port {result.forwards[22]}\n User root\n"
             f" IdentityFile {site.login_key.resolve()}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
-            " ConnectTimeout 20\n LogLevel ERROR\n"
+            " ConnectTimeout 60\n LogLevel ERROR\n"
         )
         yield Node(result, testinfra.get_host("ssh://node", ssh_config=str(config)))
 

@@ -54,6 +54,7 @@ install_site() {
 }
 
 install_network() {
+    local unit
     # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
     inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
     if ! dracut_module_included systemd-networkd; then
@@ -68,6 +69,11 @@ install_network() {
             "$systemdsystemunitdir/systemd-network-generator.service" || exit 1
         "${SYSTEMCTL:-systemctl}" -q --root "$initdir" enable systemd-network-generator.service || exit 1
     fi
+    # What the generator leaves out is put in behind it, and before networkd.
+    mkdir -p "$initdir/etc/systemd/system/sysinit.target.wants" || exit 1
+    for unit in /etc/systemd/system/anchor-netdev.service /etc/systemd/system/sysinit.target.wants/anchor-netdev.service; do
+        ln -sfn /usr/lib/anchor/anchor-netdev.service "$initdir$unit" || exit 1
+    done
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
 }

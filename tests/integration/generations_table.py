@@ -21,8 +21,6 @@ BACK_ENDS = {
 }
 # The kinds of network, and whether the node proves who it is. (The site's ACME server cannot reach a node over IPv6.)
 NETWORKS = {"dhcp": "acme", "static": "none", "ipv6": "none", "vlan": "acme", "bond": "none"}
-# the version of systemd in each root
-SYSTEMD = {"bullseye": "247", "bookworm": "252", "trixie": "257", "forky": "262"}
 # Pairs that the rule above leaves out.
 MORE = (
     ("bullseye", "network-legacy", "systemd", "bash", "none", "dhcp"),
@@ -101,10 +99,16 @@ def refusals() -> list[Refusal]:
 
 
 def record(
-    combination: Combination, report: Mapping[str, Any], *, switched_ms: int, ready_ms: int, reason: str
+    combination: Combination,
+    report: Mapping[str, Any],
+    *,
+    systemd: str,
+    switched_ms: int,
+    ready_ms: int,
+    reason: str,
 ) -> None:
     """Keep what came of a boot."""
-    facts = {key: report[key] for key in ("dracut", "kernel", "bytes")}
+    facts = {key: report[key] for key in ("dracut", "kernel", "bytes")} | {"systemd": systemd}
     times = {"switched_ms": switched_ms, "ready_ms": ready_ms, "reason": reason}
     _keep(combination.name, {**asdict(combination), **facts, **times})
 
@@ -146,7 +150,7 @@ def page() -> str:
             seen[0] += 1
             values += ["boots", f"{kept['switched_ms'] / 1000:.1f}", f"{kept['ready_ms'] / 1000:.1f}"]
         if kept:
-            versions[combination.suite] = (kept["dracut"], kept["kernel"], SYSTEMD[combination.suite])
+            versions[combination.suite] = (kept["dracut"], kept["kernel"], kept["systemd"])
         rows.append(values)
     lines = [INTRODUCTION, _table(["release", "dracut", "kernel", "systemd"], [[k, *v] for k, v in versions.items()])]
     lines += ["", "## Boots", "", f"{seen[0]} boot, {seen[1]} failed, {seen[2]} were not run.", ""]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -59,6 +60,14 @@ def debian_root(suite: str) -> Path:
             root.rename(target)
             work.rmdir()
     return target
+
+
+def package_version(root: Path, name: str) -> str:
+    """Return the version of a package that is installed in a root, as dpkg has it."""
+    status = (root / "var/lib/dpkg/status").read_text(encoding="utf-8")
+    found = re.search(rf"^Package: {re.escape(name)}\n(?:[^\n]+\n)*?Version: (.+)$", status, re.MULTILINE)
+    assert found, f"{root} has no package {name}"
+    return found[1]
 
 
 def _mmdebstrap(suite: str) -> list[str]:

@@ -30,7 +30,7 @@ from anchor_build.events import SwitchRoot
 from tests.integration import generations_table as table
 from tests.integration.conftest import LIMIT_S, Site
 from tests.integration.generations_table import Combination
-from tests.integration.roots import CACHE, debian_root
+from tests.integration.roots import CACHE, debian_root, package_version
 from tests.integration.test_faults_booted import Wires, wired
 from tests.stages.hostile_http import hostile, whole
 
@@ -224,13 +224,23 @@ def test_it_boots_to_multi_user(
     result = boot(combination, built, site, tmp_path, monkeypatch)
     switched = next((event.at_ms for event in result.events if isinstance(event, SwitchRoot)), 0)
     ready = (result.boot_json or {}).get("ready_ms", 0)
-    table.record(combination, built.report, switched_ms=switched, ready_ms=ready, reason=result.reason)
+    table.record(
+        combination,
+        built.report,
+        systemd=package_version(root_of(combination), "systemd"),
+        switched_ms=switched,
+        ready_ms=ready,
+        reason=result.reason,
+    )
     assert result.ok, result
     assert result.boot_json is not None
     network = next(step for step in result.boot_json["steps"] if step["step"] == "network")
     _, interface, address = NETWORKS[combination.network]
     assert network["interface"] == interface
     assert network["address"].startswith(address)
+    if combination.network == "bond":
+        # What the kernel says in the mode active-backup only.
+        assert "Enslaving as a backup interface" in (tmp_path / "console.log").read_text(errors="replace")
 
 
 @pytest.mark.parametrize("refusal", [pytest.param(r, id=f"{r.suite}-{r.back_end}-{r.init}") for r in table.refusals()])

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from anchor_build import dracut
+from anchor_build.build import _dracut_hint
 from anchor_build.dracut import Dracut, Request
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import Kernel
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from anchor_build.render import render_plan
+from anchor_build.root import Root
 
 
 @pytest.fixture
@@ -153,3 +155,73 @@ def test_no_drivers_no_option(base: Path, tmp_path: Path) -> None:
 def test_gzip_where_the_kernel_cannot_unpack_zstd(tmp_path: Path) -> None:
     assert dracut.choose_compression(Kernel("6.1.0", tmp_path)).startswith("zstd ")
     assert dracut.choose_compression(Kernel("4.18.0-80.el8", tmp_path)).split()[0] in ("gzip", "pigz")
+
+
+def system(tmp_path: Path, *modules: str, programs: tuple[str, ...] = ()) -> Dracut:
+    """Lay out another system, with these modules of dracut and empty files for programs."""
+    for name in modules:
+        (tmp_path / "usr/lib/dracut/modules.d" / name).mkdir(parents=True)
+    for name in programs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return Dracut(Path("/usr/bin/dracut"), dracut.BASE, "112-7", Root(tmp_path))
+
+
+NETWORKD = ("01systemd-networkd", "35network-manager")
+
+
+@pytest.mark.parametrize("network", ["", "systemd-networkd", "network-manager"])
+def test_a_back_end_that_is_there_with_its_program_is_no_problem(tmp_path: Path, network: str) -> None:
+    programs = ("usr/lib/systemd/systemd-networkd", "usr/lib/NetworkManager/nm-initrd-generator")
+    assert dracut.network_problem(system(tmp_path, *NETWORKD, programs=programs), network, systemd=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("modules", "network", "systemd", "problem"),
+    [
+        (NETWORKD, "systemd-networkd", False, "--network systemd-networkd needs systemd in the initramfs: leave out"),
+        (
+            (*NETWORKD, "35network"),
+            "network-legacy",
+            True,
+            "has no module network-legacy, which dracut no longer installs by default since 110;"
+            " it has systemd-networkd, network-manager",
+        ),
+        # What is left without systemd.
+        ((*NETWORKD, "35network"), "network-legacy", False, "since 110; it has network-manager"),
+        ((), "network-legacy", True, "has no module network-legacy; install dracut-network"),
+        (NETWORKD[:1], "network-manager", True, "; it has systemd-networkd; install dracut-network"),
+        (NETWORKD, "network-manager", True, "nm-initrd-generator is missing in {}: install network-manager (deb)"),
+        (("35network-legacy",), "network-legacy", True, "dhclient is missing in {}: install isc-dhcp-client (deb)"),
+    ],
+)
+def test_a_back_end_that_cannot_be_is_refused_with_what_to_do(
+    tmp_path: Path, modules: tuple[str, ...], network: str, *, systemd: bool, problem: str
+) -> None:
+    said = dracut.network_problem(system(tmp_path, *modules), network, systemd=systemd)
+    assert said.startswith(f"--network {network}")
+    assert problem.format(tmp_path) in said
+
+
+# As dracut says it up to 106, and as 112 does.
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (
+            "dracut: dracut module 'network-manager' depends on 'dbus', which can't be installed",
+            "dracut's module network-manager cannot be there: it needs the module dbus",
+        ),
+        (
+            "dracut[E]: Module 'dbus-daemon' depends on module 'systemd', which can't be installed",
+            "dracut's module dbus-daemon cannot be there: it needs the module systemd; leave out --no-systemd,"
+            " or choose another --network",
+        ),
+        (
+            "dracut module 'network-legacy' will not be installed, because command 'dhclient' could not be found!",
+            "dracut's module network-legacy cannot be there: dhclient is missing; install the package that has it",
+        ),
+        ("dracut: something else", "run again with -v to see all that dracut says"),
+    ],
+)
+def test_what_dracut_leaves_out_is_the_hint(line: str, hint: str) -> None:
+    assert _dracut_hint(f"first\n{line}\nlast\n") == hint

@@ -74,6 +74,10 @@ install_network() {
     for unit in /etc/systemd/system/anchor-netdev.service /etc/systemd/system/sysinit.target.wants/anchor-netdev.service; do
         ln -sfn /usr/lib/anchor/anchor-netdev.service "$initdir$unit" || exit 1
     done
+    # The driver makes a bond0 by itself when it is loaded, without options, and networkd takes what is there. systemd
+    # has this file, too, but not in the initramfs.
+    mkdir -p "$initdir/etc/modprobe.d" || exit 1
+    printf 'options bonding max_bonds=0\n' >"$initdir/etc/modprobe.d/anchor.conf" || exit 1
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
 }

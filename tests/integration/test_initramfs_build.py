@@ -232,6 +232,8 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
         assert member.mode & 0o111
     assert b"DHCP=yes" in content(built, "etc/systemd/network/zz-anchor.network")
     assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
+    assert b"anchor_netdev_run" in content(built, "etc/systemd/system/sysinit.target.wants/anchor-netdev.service")
+    assert content(built, "etc/modprobe.d/anchor.conf") == b"options bonding max_bonds=0\n"
 
 
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:

@@ -39,6 +39,7 @@ CORE_WORDS = frozenset(
         "manifest",
         "mounted",
         "net",
+        "netdev",
         "network",
         "note",
         "on",

@@ -182,8 +182,8 @@ out of the initramfs.
 Every back end of every generation meets every kind of network. What remains is dealt out so that every generation boots
 each value of it: systemd or dracut's own script in the initramfs, dash or bash as `/bin/sh`, with and without ACME. The
 times are those of the node's kernel, without KVM and with other nodes beside it: they say that it boots, not how fast.
-Each row is that combination's last run, which may be older than the code; `./build.sh test --matrix -k EXPRESSION`
-renews some.
+Each row is that combination's last run, which may be older than the code; pytest's `-k` with the command above renews
+some.
 
 | network | on the node's command line |
 |---|---|

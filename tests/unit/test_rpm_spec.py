@@ -64,8 +64,8 @@ def test_an_update_of_anchor_0_1_5_brings_what_it_could_do() -> None:
     packages = make_packages(choose_stages(load_registry()), "fedora")
     replacing = {package.module.stage.id for package in packages if relations(package, "Obsoletes")}
     older = {p.module.stage.id for p in packages if any(param.alias for param in p.module.stage.params)}
-    # squashfs_mount_only= is a parameter of the image, for which the transport is needed.
-    assert replacing == {"anchor", *older, "transport-file"} - {"transport-https"}
+    # squashfs_mount_only= is a parameter of the image, for which the transport is needed; the disk's names are ocidd's.
+    assert replacing == {"anchor", *older, "transport-file"} - {"transport-https", "image-disk"}
 
 
 def test_nodes_are_told_the_version_of_the_package() -> None:

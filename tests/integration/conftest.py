@@ -126,9 +126,10 @@ def booted(site: Site, machine: qemu.Machine, tmp_path: Path) -> Iterator[Node]:
         config.write_text(
             f"Host node\n HostName 127.0.0.1\n Port {result.forwards[22]}\n User root\n"
             f" IdentityFile {site.login_key.resolve()}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
-            " ConnectTimeout 60\n LogLevel ERROR\n"
+            " LogLevel ERROR\n"
         )
-        yield Node(result, testinfra.get_host("ssh://node", ssh_config=str(config)))
+        # A busy machine's node may need more than testinfra's 10 s to answer, which ssh takes before its configuration.
+        yield Node(result, testinfra.get_host("ssh://node?timeout=90", ssh_config=str(config)))
 
 
 BuildInitramfs = Callable[..., Path]

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Usage: build.sh demo [--keep | --stop]      boot a diskless node here, with everything it needs
-#        build.sh test [--fast | PYTEST ARGS] run the tests; --fast leaves out boots and slow ones
+#        build.sh test [--fast | PYTEST ARGS] run the tests; --fast leaves out boots, servers and builds
 #        build.sh test --matrix [PYTEST ARGS] boot every generation of dracut, and write doc/generations.md
 #        build.sh bench [fetch | crowd | packages] [ARGS] measure build and boot, a download, many at once, or RPMs
 #        build.sh [ARGS]                      anchor-build ARGS; without ARGS build the RPMs

@@ -126,3 +126,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.skipped and os.environ.get("ANCHOR_BUILD_SH") and "is missing" in str(report.longrepr):
         report.outcome = "failed"
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what `./build.sh test --fast` leaves out as a whole: servers, builds, all shells but dash."""
+    for item in items:
+        part = item.path.relative_to(TOP / "tests").parts[0]
+        shells = {"bash", "busybox"}.intersection(item.name.partition("[")[2].rstrip("]").split("-"))
+        if part in ("stages", "integration") or (part == "shell" and shells):
+            item.add_marker(pytest.mark.slow)

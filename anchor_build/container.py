@@ -19,6 +19,7 @@ PROGRAM = "buildah"
 # containers-transports(5): what buildah takes as it is.
 TRANSPORTS = ("docker:", "oci:", "oci-archive:", "docker-archive:", "dir:")
 LOCAL = "containers-storage:"
+LOGIN = "a registry that needs a login is logged in to with `buildah login`"
 TAR_MAGIC = (257, b"ustar")
 TIMEOUT = 3600.0
 
@@ -52,7 +53,7 @@ def opened(reference: str) -> Iterator[Root]:
         except ProcessError as error:
             raise AnchorError(
                 f"--container {reference}: buildah cannot unpack it\n{error.tail}",
-                disk_hint(error.tail) or _hint(reference),
+                disk_hint(error.tail) or (LOGIN if source.startswith("docker://") else ""),
             ) from None
         identity = shown.stdout.strip()
         if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", identity):
@@ -85,6 +86,13 @@ def _source(reference: str, work: Path) -> str:
         return f"{_archive_kind(reference, path)}:{path.resolve()}"
     if reference.startswith(("/", ".")):
         raise AnchorError(f"--container {reference}: there is no such file or directory")
+    registry, slash, _ = reference.partition("/")
+    if not slash or not (re.search(r"[.:]", registry) or registry == "localhost"):
+        # buildah would take it for the name of an image at a public registry that nobody named.
+        raise AnchorError(
+            f"--container {reference}: there is no such file or directory, and no registry in the name",
+            "an image at a registry is REGISTRY/NAME:TAG, an image of this host is containers-storage:NAME",
+        )
     return f"docker://{reference}"
 
 
@@ -106,9 +114,3 @@ def _archive_kind(reference: str, path: Path) -> str:
         f"--container {reference}: is no archive of a container image: it has no index.json and no manifest.json",
         "a tar of a system is unpacked first, and then named with --sysroot DIR",
     )
-
-
-def _hint(reference: str) -> str:
-    if "/" in reference or ":" in reference:
-        return "a registry that needs a login is logged in to with `buildah login`"
-    return "an image of this host is named containers-storage:NAME"

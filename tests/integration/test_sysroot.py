@@ -430,6 +430,8 @@ def test_what_is_no_container_image(tmp_path: Path) -> None:
         "file.tar": "is no archive of a container image",
         "broken": "buildah cannot unpack it",
         "./gone": "there is no such file or directory",
+        "gone.tar": "there is no such file or directory, and no registry in the name",
+        "gone/node:1": "there is no such file or directory, and no registry in the name",
         "containers-storage:localhost/no-such-image": "buildah has no such image here",
     }
     for reference, reason in cases.items():

@@ -21,16 +21,24 @@ anchor_boot_load() {
     LC_ALL=C
     export LC_ALL
     # The kernel makes variables of words that it does not know.
-    anchor_boot__failures=0 anchor_post__pid='' anchor_post__machine=''
+    anchor_boot__failures=0 anchor_boot__writer='' anchor_post__pid='' anchor_post__machine=''
     for file in "$ANCHOR_LIB"/*.sh; do
         case $file in
             */anchor-boot.sh | */anchor-report.sh | */anchor-post.sh | */anchor-params.sh) ;;
             *) . "$file" || return 1 ;;
         esac
     done
-    mkdir -p "$ANCHOR_RUN/steps" "$ANCHOR_RUN/credentials" &&
-        chmod 0700 "$ANCHOR_RUN/steps" "$ANCHOR_RUN/credentials" &&
-        anchor_params_load
+    anchor_boot_make && anchor_params_load
+}
+
+# usage: anchor_boot_make
+# Makes the run directory, with room for the records of as many steps as a boot has: in one call, because a program takes
+# as long to start as a step takes to record.
+anchor_boot_make() {
+    local steps="$ANCHOR_RUN/steps"
+    [ ! -d "$steps" ] || return 0
+    mkdir -p -m 0700 "$ANCHOR_RUN/credentials" "$steps" "$steps/1000" "$steps/1001" "$steps/1002" "$steps/1003" \
+        "$steps/1004" "$steps/1005" "$steps/1006" "$steps/1007"
 }
 
 # usage: anchor_boot_wanted
@@ -71,8 +79,8 @@ anchor_boot_parse() {
 # usage: anchor_boot_start
 # Begins the report of this boot.
 anchor_boot_start() {
-    local kernel
-    kernel=$(cat /proc/sys/kernel/osrelease)
+    local name version kernel rest
+    read -r name version kernel rest </proc/version
     anchor_recall "${ANCHOR_ROOT:-}/etc/anchor/version"
     anchor_boot_set anchor "$anchor_recall"
     anchor_boot_set kernel "$kernel"
@@ -90,6 +98,24 @@ anchor_boot_main() {
     esac
     anchor_boot_load || return 1
     anchor_boot_parse
+    anchor_boot_run
+}
+
+# usage: anchor_boot_direct
+# Both hooks at once, where nothing is between them (direct.sh). Status 1: this boot is not ours.
+anchor_boot_direct() {
+    anchor_recall "$ANCHOR_RUN/steps/result"
+    [ "$anchor_recall" != ok ] || return 0
+    anchor_boot_load || return 1
+    anchor_boot_wanted || return 1
+    anchor_boot_start
+    anchor_boot_parse
+    anchor_boot_run
+}
+
+# usage: anchor_boot_run
+# Runs the steps, with parameters that are right.
+anchor_boot_run() {
     anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
@@ -97,6 +123,9 @@ anchor_boot_main() {
     anchor_recall "$ANCHOR_RUN/steps/kernel"
     anchor_json "$anchor_recall"
     anchor_event "{\"event\":\"boot\",\"version\":$1,\"kernel\":$anchor_json}"
+    # While the network is waited for.
+    anchor_boot_leave_unit </dev/null &
+    anchor_boot__unit=$!
     until anchor_boot_steps; do
         anchor_recall "$anchor_step_last/step"
         set -- "$anchor_recall"
@@ -111,7 +140,7 @@ anchor_boot_main() {
     done
     anchor_count_reset
     anchor_boot_finish
-    anchor_boot_leave_unit || anchor_warn "boot.json will not say when the booted system was ready"
+    wait "$anchor_boot__unit" || anchor_warn "boot.json will not say when the booted system was ready"
     anchor_boot_set result ok
     anchor_boot_set error ''
     anchor_boot_set hint ''
@@ -183,7 +212,7 @@ anchor_boot_forget() {
 # One try at all steps; each may be repeated.
 anchor_boot_steps() {
     anchor_manifest_forget
-    rm -f "$ANCHOR_RUN/steps/finish"
+    [ ! -e "$ANCHOR_RUN/steps/finish" ] || rm -f "$ANCHOR_RUN/steps/finish"
     anchor_step network '' anchor_net_run || return 1
     anchor_boot_preload
     anchor_boot_set node "$(anchor_net_hostname)"
@@ -203,7 +232,7 @@ anchor_boot_steps() {
             return
             ;;
     esac
-    mkdir -p "$ANCHOR_RUN/lower" || return 1
+    [ -d "$ANCHOR_RUN/lower" ] || mkdir -p "$ANCHOR_RUN/lower" || return 1
     anchor_step mount "image/$anchor_image" "anchor_${anchor_image}_mount" "$ANCHOR_RUN/lower" || return 1
     anchor_step overlay '' anchor_overlay_run "$ANCHOR_RUN/lower" "${NEWROOT:-/sysroot}"
 }
@@ -275,7 +304,8 @@ anchor_boot_auth() {
     # What an earlier try of this boot got is what has been refused, or is about to end: a stage must not find it again.
     [ ! -e "$ANCHOR_RUN/credentials.from" ] ||
         rm -f "$ANCHOR_RUN/credentials/client.crt" "$ANCHOR_RUN/credentials/client.key" "$ANCHOR_RUN/credentials/s3"
-    rm -f "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
+    [ ! -e "$ANCHOR_RUN/credentials.from" ] && [ ! -e "$ANCHOR_REJECTED" ] ||
+        rm -f "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
     ("anchor_${anchor_auth}_run") && anchor_boot_credentials &&
         anchor_keep "$ANCHOR_RUN/credentials.from" "$anchor_auth"
 }
@@ -410,8 +440,8 @@ anchor_boot_shell() {
 # the image holds.
 anchor_boot_leave_unit() {
     local units="${ANCHOR_ROOT:-}/run/systemd/system"
-    anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}"
-    mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" &&
+    anchor_keep "$ANCHOR_RUN/steps/events" "${anchor_events:-}" &&
+        mkdir -p "$ANCHOR_RUN/lib" "$units/multi-user.target.wants" &&
         cp "$ANCHOR_LIB/anchor-report.sh" "$ANCHOR_LIB/anchor-post.sh" "$ANCHOR_LIB/anchor-ready.sh" \
             "$ANCHOR_RUN/lib/" &&
         { [ ! -p "$ANCHOR_REPORT/wake" ] || cp "${ANCHOR_ROOT:-}/etc/anchor/ca.pem" "$ANCHOR_REPORT/"; } &&

@@ -92,10 +92,14 @@ anchor_cmdline__parameter() {
 # anchor_cmdline__file FILE READER CALLBACK: calls READER LINE CALLBACK for each line of FILE, if there is one.
 # Sets $anchor_cmdline_source. Status 1 if FILE cannot be read.
 anchor_cmdline__file() {
-    local text line newline='
+    local text='' line newline='
 '
     [ -f "$1" ] || return 0
-    text=$(cat -- "$1") || return 1
+    {
+        while IFS= read -r line || [ -n "$line" ]; do
+            text=$text$line$newline
+        done
+    } <"$1" || return 1
     anchor_cmdline_source=$1
     while [ -n "$text" ]; do
         line=${text%%"$newline"*}

@@ -44,7 +44,7 @@ anchor_fetch__download() {
     local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" work="$2.fetch" file="$2.fetch/data"
     local digester='' start deadline status
     # Another run may have been cut off here, and an older image would take memory from the new one.
-    if ! rm -rf "${work:?}" || ! rm -f "$dest" || ! mkdir -m 700 "$work"; then
+    if { [ -d "$work" ] && ! rm -rf "${work:?}"; } || ! anchor_remove "$work" "$dest" || ! mkdir -m 700 "$work"; then
         anchor_fail "cannot write beside $dest" "is its file system mounted and writable?"
         return 1
     fi
@@ -151,7 +151,8 @@ anchor_fetch_size() {
         anchor_stream_size "$1"
         return
     fi
-    anchor_fetch_size=$(stat -c %s "$1" 2>/dev/null) || anchor_fetch_size=0
+    anchor_fetch_size=0
+    [ ! -s "$1" ] || anchor_fetch_size=$(stat -c %s "$1" 2>/dev/null) || anchor_fetch_size=0
 }
 
 # usage: anchor_fetch_too_large BYTES
@@ -583,25 +584,39 @@ anchor_fetch_pause() {
 # where the distribution links it with openssl's library: up to five times as fast. Without such instructions openssl
 # loses what it gains, because it reads 4 KiB at a time: each makes a pipe wake the one who writes.
 anchor_fetch__digest() {
-    if command -v openssl >/dev/null && { anchor_fetch__sha_instructions || ! command -v sha256sum >/dev/null; }; then
+    anchor_fetch_processor
+    if command -v openssl >/dev/null && { anchor_fetch_processor_has sha_ni sha2 || ! command -v sha256sum >/dev/null; }; then
         openssl dgst -sha256 -r
     else
         sha256sum
     fi
 }
 
-# usage: anchor_fetch__sha_instructions
-# Whether the first processor has instructions for SHA-256, as x86 (flags) and ARM (Features) name them. Another kind of
-# processor is taken to have them.
-anchor_fetch__sha_instructions() {
+# usage: anchor_fetch_processor
+# Looks what the first processor is. Sets anchor_fetch_features, the instructions that it has, as x86 (flags) and ARM
+# (Features) name them, or nothing for another kind; and anchor_fetch_emulated, 1 where QEMU does its work without KVM.
+anchor_fetch_processor() {
     local name colon rest
+    anchor_fetch_features=
+    anchor_fetch_emulated=
     while read -r name colon rest; do
-        case "$name $rest " in
-            'flags '*' sha_ni '* | 'Features '*' sha2 '*) return 0 ;;
-            'flags '* | 'Features '*) return 1 ;;
+        case "$name $colon $rest" in
+            'model name : QEMU TCG'*) anchor_fetch_emulated=1 ;;
+            'flags '* | 'Features '*)
+                anchor_fetch_features=" $rest "
+                return 0
+                ;;
         esac
     done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/cpuinfo"
-    return 0
+}
+
+# usage: anchor_fetch_processor_has X86 ARM
+# Whether it has one of these; a processor that does not say is taken to have them. Needs anchor_fetch_processor.
+anchor_fetch_processor_has() {
+    case ${anchor_fetch_features:-" $1 "} in
+        *" $1 "* | *" $2 "*) return 0 ;;
+    esac
+    return 1
 }
 
 # usage: anchor_fetch__from_zero
@@ -619,13 +634,12 @@ anchor_fetch__from_zero() {
 # usage: anchor_fetch__follow
 # Begins an empty file and takes its digest in the background. Sets digester.
 anchor_fetch__follow() {
-    rm -f "$work/end" "$work/feeder"
+    anchor_remove "$work/end" "$work/feeder" || return 1
     if [ -n "$sink" ]; then
         anchor_stream__open
         return
     fi
-    rm -f "$file"
-    if ! (umask 077 && : >"$file"); then
+    if ! anchor_remove "$file" || ! (umask 077 && : >"$file"); then
         anchor_fail "cannot write to $work" "is its file system full?"
         return 1
     fi
@@ -652,7 +666,7 @@ anchor_fetch__unfollow() {
 # usage: anchor_fetch__feed <FILE >PIPE 3>PID-FILE
 # Copies the file as it grows: each cat goes on where the one before it stopped. SIGTERM cuts a wait short, so that
 # the end is seen at once. A cat that took its time had much to copy: then the next look comes soon, so that little is
-# left to do at the end; else looking would cost a small node more than it gains.
+# left to do at the end; else, or where a cat takes long because the node is slow, looking would cost more than it gains.
 anchor_fetch__feed() {
     local pid rest said=0 had=0 at nap=05
     trap : TERM
@@ -667,10 +681,11 @@ anchor_fetch__feed() {
         # The shell that began the download may have been killed.
         kill -0 "$$" 2>/dev/null || return 1
         anchor_uptime_ms
-        case $((anchor_uptime_ms - rest > 40)):$nap in
+        case $((anchor_uptime_ms - rest > 40)):$((anchor_uptime_ms - rest > 120)):$nap in
+            1:1:*) nap=20 ;;
             1:*) nap=05 ;;
-            0:05) nap=10 ;;
-            0:10) nap=20 ;;
+            0:*:05) nap=10 ;;
+            0:*:10) nap=20 ;;
             *) nap=40 ;;
         esac
         if [ $((anchor_uptime_ms - said)) -ge 2000 ]; then

@@ -5,8 +5,6 @@
 # leaves out users, passwords and queries.
 
 ANCHOR_HTTP_REDIRECTS=5
-# The cheapest of TLS 1.3's ciphers first: an image is large, and AES-256 costs a fifth more than AES-128.
-ANCHOR_HTTP_CIPHERS=TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384
 # How many seconds a refusal may take to be explained.
 ANCHOR_HTTP_BODY_LIMIT=10
 
@@ -109,7 +107,7 @@ anchor_http__request() {
 # Runs curl. Sets code to the HTTP status ("000" without one); headers and messages are in the state directory.
 # Status: curl's.
 anchor_http__curl() {
-    rm -f "$state/headers" "$state/error"
+    anchor_remove "$state/headers" "$state/error" || return 23
     (umask 077 && anchor_http__request >"$state/request") || return 23
     set -- --fail --output "$file" --dump-header "$state/headers" \
         --location --max-redirs "$ANCHOR_HTTP_REDIRECTS" --max-time "$anchor_fetch_left" \
@@ -123,6 +121,25 @@ anchor_http__curl() {
     )
 }
 
+# usage: anchor_http__ciphers
+# Sets anchor_http_ciphers: TLS 1.3's, the cheapest first, since an image is large. AES-256 costs a fifth more than AES-128,
+# and without instructions for AES both cost more than ChaCha20. Where these instructions are emulated, as all that work
+# on several numbers at once, they are the slowest of all: OpenSSL is told to do without (SSSE3, AVX and AVX2; see
+# OPENSSL_ia32cap(3)), and then ChaCha20 takes a fourth of the time.
+anchor_http__ciphers() {
+    local aes=TLS_AES_128_GCM_SHA256 chacha=TLS_CHACHA20_POLY1305_SHA256
+    anchor_fetch_processor
+    if [ -n "$anchor_fetch_emulated" ]; then
+        export OPENSSL_ia32cap='~0x1000020000000000:~0x20'
+    fi
+    if [ -z "$anchor_fetch_emulated" ] && anchor_fetch_processor_has aes aes; then
+        anchor_http_ciphers=$aes:$chacha
+    else
+        anchor_http_ciphers=$chacha:$aes
+    fi
+    anchor_http_ciphers=$anchor_http_ciphers:TLS_AES_256_GCM_SHA384
+}
+
 # usage: anchor_http__exec OPTION...
 # Becomes curl, with what every request has and the OPTIONs.
 anchor_http__exec() {
@@ -130,7 +147,8 @@ anchor_http__exec() {
     case $url in
         [Hh][Tt][Tt][Pp]:*) protocols='=http,https' ;;
     esac
-    set -- --silent --show-error --globoff --http1.1 --tlsv1.2 --tls13-ciphers "$ANCHOR_HTTP_CIPHERS" --write-out '%{http_code}' \
+    anchor_http__ciphers
+    set -- --silent --show-error --globoff --http1.1 --tlsv1.2 --tls13-ciphers "$anchor_http_ciphers" --write-out '%{http_code}' \
         --config "$state/request" --proto "$protocols" --proto-redir "$protocols" \
         --connect-timeout "$anchor_fetch_connect_timeout" \
         --cacert "${ANCHOR_ROOT:-}/etc/anchor/ca.pem" --capath "$state/no-other-authorities" "$@"

@@ -13,7 +13,7 @@ anchor_net_run() {
     local seconds="${anchor_network_timeout:-60}" end
     anchor_uptime_ms
     end=$((anchor_uptime_ms + seconds * 1000))
-    until anchor_net__address; do
+    until anchor_net__likely && anchor_net__address; do
         anchor_uptime_ms
         if [ "$anchor_uptime_ms" -ge "$end" ]; then
             anchor_fail "no network interface has an address after $seconds s" "$(anchor_net__diagnosis)"
@@ -32,6 +32,29 @@ anchor_net_run() {
 # A tenth of a second, or a second where sleep knows no fractions.
 anchor_net__nap() {
     sleep 0.1 2>/dev/null || sleep 1
+}
+
+# usage: anchor_net__likely
+# Whether it is worth a look at the addresses, which takes a program: there is a route, or an IPv6 address; or one look in
+# five went by, since an address need not have a route.
+anchor_net__likely() {
+    local line name rest
+    anchor_net__looks=$(((${anchor_net__looks:-0} + 1) % 5))
+    [ "$anchor_net__looks" -ne 0 ] || return 0
+    while read -r name rest; do
+        case $name in
+            Iface | lo) ;;
+            *) return 0 ;;
+        esac
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/net/route"
+    # The address, and four numbers of two digits: index, prefix length, scope (00 is global, see addrconf.h), flags (40 is
+    # set while it is tentative).
+    while read -r line; do
+        case $line in
+            *' '??' '??' 00 '[!4-7c-f]?' '*) return 0 ;;
+        esac
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/net/if_inet6"
+    return 1
 }
 
 # usage: anchor_net__address
@@ -101,12 +124,30 @@ anchor_net__settle() {
         case $anchor_net__value in
             configured | unmanaged | failed) return 0 ;;
         esac
-        if anchor_net__value "$link" DNS && [ -n "$(ip -4 route show default)$(ip -6 route show default)" ]; then
+        if anchor_net__value "$link" DNS && anchor_net__routed; then
             return 0
         fi
         anchor_net__nap
         tries=$((tries + 1))
     done
+}
+
+# usage: anchor_net__routed
+# Whether there is a default route. Of the kernel's tables, the one for IPv4 has name, destination and mask in its second
+# and eighth column; the one for IPv6 begins with destination and prefix length, and ends with the name: on lo is the one
+# that refuses.
+anchor_net__routed() {
+    local name to gateway flags count use metric mask rest
+    while read -r name to gateway flags count use metric mask rest; do
+        [ "$to $mask" != '00000000 00000000' ] || return 0
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/net/route"
+    while read -r to mask rest; do
+        case $to:$mask:${rest##* } in
+            00000000000000000000000000000000:00:lo) ;;
+            00000000000000000000000000000000:00:*) return 0 ;;
+        esac
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/net/ipv6_route"
+    return 1
 }
 
 # usage: anchor_net__resolver
@@ -152,8 +193,8 @@ anchor_net_hostname() {
     case $name in
         '' | *.*) domain= ;;
     esac
-    for name in "$anchor_net__ip_name" "$anchor_net__systemd_name" "$name${domain:+.$domain}" \
-        "$(cat "${ANCHOR_ROOT:-}/proc/sys/kernel/hostname" 2>/dev/null)"; do
+    for name in "$anchor_net__ip_name" "$anchor_net__systemd_name" "$name${domain:+.$domain}" /; do
+        [ "$name" != / ] || name=$(cat "${ANCHOR_ROOT:-}/proc/sys/kernel/hostname" 2>/dev/null)
         case $name in
             '' | '(none)' | localhost | localhost.* | *.localdomain) continue ;;
         esac
@@ -236,7 +277,8 @@ anchor_net__lease() {
     local link code rest
     command -v networkctl >/dev/null 2>&1 || return 0
     for link in "${ANCHOR_ROOT:-}"/run/systemd/netif/links/*; do
-        [ -f "$link" ] || continue
+        # Nobody has asked for a lease for lo.
+        anchor_net__value "$link" NETWORK_FILE || continue
         [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
         timeout 5 networkctl --no-pager --no-legend --full dhcp-lease "${link##*/}" 2>/dev/null |
             while read -r code rest; do

@@ -118,7 +118,7 @@ anchor_overlay__mount() {
     local upper="$1/upper$2" work="$1/work$2" owner error
     # The root of an overlay has the mode and owner of the upper directory, not of the lower one.
     if ! error=$({
-        owner=$(stat -c '%a %u:%g' "$3") && mkdir -p "$upper" "$work" && chmod "${owner% *}" "$upper" &&
+        owner=$(stat -c '%a %u:%g' "$3") && mkdir -p -m "${owner% *}" "$upper" "$work" &&
             { [ "${owner#* }" = 0:0 ] || chown "${owner#* }" "$upper"; }
     } 2>&1); then
         anchor_fail "cannot prepare the writable layer: $error" "rd.anchor.overlay.size= may be too small"

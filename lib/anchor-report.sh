@@ -65,6 +65,16 @@ anchor_recall() {
     return 0
 }
 
+# usage: anchor_remove FILE...
+# Removes what is there of them, but no directory. A program that finds nothing to do would take as long to start as one
+# that does.
+anchor_remove() {
+    local each
+    for each; do
+        [ ! -e "$each" ] && [ ! -L "$each" ] || rm -f "$each" || return 1
+    done
+}
+
 # usage: anchor_keep FILE TEXT
 # Writes one fact as one line of printable ASCII.
 anchor_keep() {
@@ -162,9 +172,9 @@ anchor_json() {
 # Starts the record of a step. Sets anchor_step_dir, which the step's subshell inherits.
 anchor_step_begin() {
     local n=1000 # always four digits, so that a glob lists steps in their order
-    while [ -d "$ANCHOR_RUN/steps/$n" ]; do n=$((n + 1)); done
+    while [ -e "$ANCHOR_RUN/steps/$n/step" ]; do n=$((n + 1)); done
     anchor_step_dir="$ANCHOR_RUN/steps/$n"
-    mkdir "$anchor_step_dir" || return 1
+    [ -d "$anchor_step_dir" ] || mkdir "$anchor_step_dir" || return 1
     anchor_uptime_ms
     anchor_keep "$anchor_step_dir/step" "$1"
     anchor_keep "$anchor_step_dir/stage" "${2:-}"
@@ -183,7 +193,7 @@ anchor_step_end() {
     anchor_keep "$anchor_step_dir/json" "{$anchor_step_json}"
     anchor_event "{\"event\":\"end\",$anchor_step_json}"
     anchor_step_dir=
-    anchor_boot_write
+    anchor_boot_write aside
 }
 
 # usage: anchor_step_json DIR
@@ -246,12 +256,19 @@ anchor_boot_set() {
     anchor_keep "$ANCHOR_RUN/steps/$1" "$2"
 }
 
-# usage: anchor_boot_write
-# Writes boot.json whole, then renames it into place.
+# usage: anchor_boot_write [aside]
+# Writes boot.json whole, then renames it into place; aside: the next step need not wait for the program that does it.
 anchor_boot_write() {
+    [ -z "${anchor_boot__writer:-}" ] || wait "$anchor_boot__writer" 2>/dev/null || :
+    anchor_boot__writer=
     anchor_boot_json
-    printf '%s\n' "$anchor_boot_json" >"$ANCHOR_RUN/boot.json.new" &&
-        mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json"
+    printf '%s\n' "$anchor_boot_json" >"$ANCHOR_RUN/boot.json.new" || return 1
+    if [ -n "${1:-}" ]; then
+        mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json" </dev/null &
+        anchor_boot__writer=$!
+        return 0
+    fi
+    mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json"
 }
 
 # usage: anchor_event JSON

@@ -25,6 +25,7 @@ install_core() {
     install_site
     install_network
     install_early_udev
+    install_direct
     # ualpn gives up root for nobody; dracut knows that user, but not its group.
     grep -E '^(nobody|nogroup):' "${dracutsysrootdir-}/etc/group" >>"$initdir/etc/group"
 }
@@ -54,7 +55,6 @@ install_site() {
 }
 
 install_network() {
-    local unit
     # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
     inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
     if ! dracut_module_included systemd-networkd; then
@@ -70,16 +70,23 @@ install_network() {
         "${SYSTEMCTL:-systemctl}" -q --root "$initdir" enable systemd-network-generator.service || exit 1
     fi
     # What the generator leaves out is put in behind it, and before networkd.
-    mkdir -p "$initdir/etc/systemd/system/sysinit.target.wants" || exit 1
-    for unit in /etc/systemd/system/anchor-netdev.service /etc/systemd/system/sysinit.target.wants/anchor-netdev.service; do
-        ln -sfn /usr/lib/anchor/anchor-netdev.service "$initdir$unit" || exit 1
-    done
+    install_unit anchor-netdev
     # The driver makes a bond0 by itself when it is loaded, without options, and networkd takes what is there. systemd
     # has this file, too, but not in the initramfs.
     mkdir -p "$initdir/etc/modprobe.d" || exit 1
     printf 'options bonding max_bonds=0\n' >"$initdir/etc/modprobe.d/anchor.conf" || exit 1
     # networkd is enabled for multi-user.target, which an initramfs never reaches.
     "${SYSTEMCTL:-systemctl}" -q --root "$initdir" add-wants initrd.target systemd-networkd.service || exit 1
+}
+
+# usage: install_unit NAME
+# Enables one of our services for sysinit.target.
+install_unit() {
+    local unit
+    mkdir -p "$initdir/etc/systemd/system/sysinit.target.wants" || exit 1
+    for unit in "/etc/systemd/system/$1.service" "/etc/systemd/system/sysinit.target.wants/$1.service"; do
+        ln -sfn "/usr/lib/anchor/$1.service" "$initdir$unit" || exit 1
+    done
 }
 
 # dracut 051 looks for NetworkManager's programs in one directory only, which is not Debian's, and goes on without them.
@@ -94,6 +101,19 @@ install_network_manager() {
             [[ $name == nm-dhcp-helper ]] || inst "$directory/$name" "/usr/libexec/$name" || exit 1
             break
         done
+    done
+}
+
+# Lets dracut's services run direct.sh instead of their scripts, which are in its second argument.
+install_direct() {
+    local hook program own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
+    dracut_module_included dracut-systemd || return 0
+    install_unit anchor-cards
+    for hook in cmdline pre-mount pre-pivot; do
+        program=$(sed -n 's/^ExecStart=-//p' "$own/dracut-$hook.service") && [[ $program == /*/dracut-"$hook" ]] || return 0
+        mkdir -p "$units/dracut-$hook.service.d" || exit 1
+        printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/direct.sh %s %s\n' "$hook" "$program" \
+            >"$units/dracut-$hook.service.d/anchor.conf" || exit 1
     done
 }
 

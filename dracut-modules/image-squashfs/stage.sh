@@ -56,7 +56,7 @@ anchor_squashfs__run() {
 # usage: anchor_squashfs__forget DIR
 # Unmounts what an earlier try, or somebody else, mounted on DIR and where the image goes.
 anchor_squashfs__forget() {
-    rm -f "$1.of"
+    anchor_remove "$1.of" "$1.format"
     ! anchor_mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
     ! anchor_mounted "$1" || anchor_squashfs__free "$1"
 }
@@ -83,7 +83,10 @@ anchor_squashfs__place() {
 anchor_squashfs_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
     anchor_mounted "$1" && return 0
-    anchor_squashfs__check "$dir/image" || return 1
+    # What the run has found, which was another process.
+    anchor_recall "$dir.format"
+    anchor_squashfs__format=$anchor_recall
+    [ -n "$anchor_recall" ] || anchor_squashfs__check "$dir/image" || return 1
     [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
     error=$(mount -t "$anchor_squashfs__format" -o loop,ro "$dir/image" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" \
@@ -108,39 +111,44 @@ anchor_squashfs__space() {
 
 # usage: anchor_squashfs__check FILE
 # Whether FILE is a whole squashfs or erofs; when not, says what it is instead. Sets anchor_squashfs__format to the file
-# system's type, and notes it.
+# system's type and anchor_squashfs__size to the file's bytes; keeps the type for the mount, and notes it.
 anchor_squashfs__check() {
-    local size used
-    anchor_squashfs__format=
-    size=$(stat -L -c %s "$1")
-    # erofs leaves the first 1024 bytes to boot loaders. Its superblock begins with the magic E2 E1 F5 E0; byte 12 is the
-    # block size as a power of two, four bytes at 36 the number of blocks (fs/erofs/erofs_fs.h of the kernel).
+    local used
+    anchor_squashfs__size=$(stat -L -c %s "$1")
+    # The superblock of a squashfs is in its first 96 bytes. erofs leaves 1024 bytes to boot loaders, then comes its own.
     # shellcheck disable=SC2046 # od prints numbers
-    set -- "$1" $(od -A n -v -t u1 -j 1024 -N 40 "$1" 2>/dev/null)
-    if [ "${2:-} ${3:-} ${4:-} ${5:-}" = '226 225 245 224' ]; then
-        anchor_squashfs__format=erofs
-        used=1152 # a superblock alone, for a file that is too short to say
-        [ $# -lt 41 ] || [ "${14}" -gt 16 ] ||
-            used=$(((${38} + (${39} << 8) + (${40} << 16) + (${41} << 24)) << ${14}))
+    set -- $(od -A n -v -t u1 -N 1064 "$1" 2>/dev/null)
+    if [ $# -lt 1028 ] || [ "${1025} ${1026} ${1027} ${1028}" != '226 225 245 224' ]; then
+        anchor_squashfs__squashfs "$@" || return 1
     else
-        anchor_squashfs__squashfs "$1" || return 1
+        shift 1024
+        anchor_squashfs__erofs "$@"
     fi
-    if [ "$size" -lt "$used" ]; then
-        anchor_fail "the image is truncated: it has $size of $used bytes" \
+    if [ "$anchor_squashfs__size" -lt "$used" ]; then
+        anchor_fail "the image is truncated: it has $anchor_squashfs__size of $used bytes" \
             "the file on the server is incomplete; publish it again"
         return 1
     fi
     anchor_note format "$anchor_squashfs__format"
+    anchor_keep "${ANCHOR_ROOT:-}/run/anchor/image.format" "$anchor_squashfs__format"
 }
 
-# usage: anchor_squashfs__squashfs FILE
-# The superblock of a squashfs: sets anchor_squashfs__format and used. Notes its compression.
+# usage: anchor_squashfs__erofs BYTE...
+# The superblock of an erofs: sets anchor_squashfs__format and used. After the magic E2 E1 F5 E0, byte 12 is the block
+# size as a power of two, four bytes at 36 the number of blocks (fs/erofs/erofs_fs.h of the kernel).
+anchor_squashfs__erofs() {
+    anchor_squashfs__format=erofs
+    used=1152 # a superblock alone, for a file that is too short to say
+    [ $# -lt 40 ] || [ "${13}" -gt 16 ] ||
+        used=$(((${37} + (${38} << 8) + (${39} << 16) + (${40} << 24)) << ${13}))
+}
+
+# usage: anchor_squashfs__squashfs BYTE...
+# The superblock of a squashfs: sets anchor_squashfs__format and used. Notes its compression. It begins with the magic
+# "hsqs"; two bytes at 20 are the compression, eight at 40 the bytes used.
 anchor_squashfs__squashfs() {
     local compression
-    # It begins with the magic "hsqs"; two bytes at 20 are the compression, eight at 40 the bytes used.
-    # shellcheck disable=SC2046 # od prints numbers
-    set -- $(od -A n -v -t u1 -N 48 "$1")
-    if [ "$1 $2 $3 $4" != '104 115 113 115' ]; then
+    if [ "${1:-} ${2:-} ${3:-} ${4:-}" != '104 115 113 115' ]; then
         anchor_fail "the image is neither a squashfs nor an erofs: it is $(anchor_squashfs__looks_like "$@")" \
             "check the URL of the image (rd.anchor.squashfs.url= or the manifest)"
         return 1
@@ -178,9 +186,8 @@ anchor_squashfs__looks_like() {
 # usage: anchor_squashfs__seal DIR
 # Cuts the tmpfs to what the image needs and makes it read-only.
 anchor_squashfs__seal() {
-    local error size
-    size=$(stat -c %s "$1/image")
-    error=$(mount -o "remount,ro,noexec,nosuid,nodev,size=$size" "$1" 2>&1) && return 0
+    local error
+    error=$(mount -o "remount,ro,noexec,nosuid,nodev,size=$anchor_squashfs__size" "$1" 2>&1) && return 0
     anchor_fail "cannot make the image's tmpfs read-only: $error"
     return 1
 }

@@ -197,6 +197,7 @@ def test_the_report_is_whole_at_every_moment(shell: Shell) -> None:
         anchor_step_end ok
         n=$((n + 1))
     done
+    wait
     """
     argv = [*SHELLS[shell.name], "-c", LOAD + script, "x", "y" * 500]
     env = {"PATH": os.environ["PATH"], "LIB": str(LIB), "ANCHOR_ROOT": str(shell.root)}

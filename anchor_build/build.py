@@ -16,6 +16,7 @@ from anchor_build import __version__, cache, dracut, readback
 from anchor_build.console import Step
 from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
+from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
@@ -212,7 +213,9 @@ def _prepare(
     root = build.kernel.root
     # What lies in the work directory, as dracut sees it; in another system, the output too.
     seen = work if root.is_host else WORK
-    dracut.make_base(installed, modules, work / "dracut", build.driver_set.without, systemd=build.systemd)
+    unused = dracut.unused_modules(installed, build.network, systemd=build.systemd)
+    without = (*build.driver_set.without, *unused)
+    dracut.make_base(installed, modules, work / "dracut", without, systemd=build.systemd)
     etc, config = work / "etc", work / "dracut.conf"
     etc.mkdir()
     for name, content in site.items():
@@ -220,6 +223,10 @@ def _prepare(
         (etc / name).chmod(readback.site_mode(name))
     config.write_text(dracut.configuration(root.inside(build.kernel.modules), seen / "tmp"), encoding="utf-8")
     (work / dracut.CONFIG_PARTS).mkdir()
+    linker = dynamic_linker(root.at("/bin/sh"))
+    if linker:
+        (work / "ldd").write_text(dracut.ldd_script(linker), encoding="utf-8")
+        (work / "ldd").chmod(0o755)
     (work / "tmp").mkdir()
     return dracut.Request(
         kernel=build.kernel,
@@ -231,6 +238,7 @@ def _prepare(
         base=seen / "dracut",
         config=seen / config.name,
         output=output if root.is_host else seen / OUTPUT,
+        ldd=seen / "ldd" if linker else None,
     )
 
 
@@ -240,6 +248,7 @@ def _run_dracut(
     root = build.kernel.root
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
     env |= ENVIRONMENT
+    env |= {"DRACUT_LDD": str(request.ldd)} if request.ldd else {}
     env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
     log = work / "dracut.log"
     try:

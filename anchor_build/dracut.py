@@ -28,6 +28,14 @@ NETWORK_MODULES = (
 SYSTEMD_MODULES = ("systemd", "systemd-initrd", "dracut-systemd")
 # The modules of dracut that can bring up the network, one of which an initramfs has.
 BACK_ENDS = ("systemd-networkd", "network-manager", "network-legacy")
+# Drivers of network devices that no word of the command line sets up: dracut takes them for network cards.
+VIRTUAL_DEVICES = (
+    *("bareudp", "dummy", "geneve", "gtp", "ifb", "ipvlan", "ipvtap", "macsec", "macvlan", "macvtap", "nlmon"),
+    *("ppp_generic", "slip", "tap", "tun", "vcan", "veth", "vrf", "vxcan", "vxlan", "wireguard", "xen-netback"),
+    "xen_netback",
+)
+# dracut's modules for D-Bus: the first asks for one of the others.
+BUS_MODULES = ("dbus", "dbus-broker", "dbus-daemon")
 EMPTY_MODULE = "#!/bin/bash\ncheck() {\n    return 255\n}\ninstall() {\n    :\n}\n"
 VERSION = re.compile(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)")
 DPKG_VERSION = re.compile(r"^Package: dracut-core\n(?:[^\n]+\n)*?Version: ([0-9]+)([^\s]*)", re.MULTILINE)
@@ -87,6 +95,8 @@ class Request:
     base: Path
     config: Path
     output: Path
+    # A program for dracut to use instead of ldd.
+    ldd: Path | None = None
 
 
 def misplaced_program(name: str) -> str:
@@ -142,6 +152,15 @@ def choose_modules(
     return ours
 
 
+def unused_modules(dracut: Dracut, network: str = "", *, systemd: bool = True) -> tuple[str, ...]:
+    """Return the modules that others ask for, and that nothing in an initramfs of these settings uses: the bus.
+
+    systemd-networkd asks for it, and does without: only its `networkctl reload` and the like go over the bus.
+    """
+    networkd = systemd and network in ("", BACK_ENDS[0]) and dracut.has_module(BACK_ENDS[0])
+    return BUS_MODULES if networkd and has_networkd(dracut.root) else ()
+
+
 def network_problem(dracut: Dracut, network: str, *, systemd: bool) -> str:
     """Return why this dracut cannot bring up the network as it was asked to, with what to do; "" where it can."""
     where = "" if dracut.root.is_host else f" in {dracut.root.name}"
@@ -173,7 +192,7 @@ def has_networkd(root: Root) -> bool:
 def choose_compression(kernel: Kernel, root: Root = HOST) -> str:
     """Return the compression command: zstd, or gzip where the kernel cannot unpack zstd or the system has none."""
     if kernel.unpacks("zstd") and (root.is_host or root.find_program("zstd")):
-        return "zstd -3 -T0 -q"
+        return "zstd -6 -T0 -q"
     return "pigz -6" if root.find_program("pigz") else "gzip -6"
 
 
@@ -232,9 +251,22 @@ def configuration(modules: Path, work: Path) -> str:
             "show_modules=no",
             f"drivers_dir={shlex.quote(str(modules))}",
             f"tmpdir={shlex.quote(str(work))}",
+            # dracut asks it for some forty directories one by one, and where there is none looks for itself.
+            "pkg-config() { return 1; }",
+            "PKG_CONFIG=false",
             "",
         ]
     )
+
+
+def ldd_script(linker: str) -> str:
+    """Return what takes the place of ldd(1), which dracut calls for every program and library.
+
+    ldd is a script of bash that asks each dynamic linker it knows three questions; the right one, asked alone, takes a
+    third of the time. What it cannot list, a script or a static program, is left to ldd.
+    """
+    ask = f'[ $# -eq 1 ] && list=$({shlex.quote(linker)} --list "$1" 2>/dev/null) && printf "%s\\n" "$list" && exit'
+    return f'#!/bin/sh\n{ask}\nexec ldd "$@"\n'
 
 
 def arguments(dracut: Dracut, request: Request) -> list[str]:
@@ -261,6 +293,7 @@ def arguments(dracut: Dracut, request: Request) -> list[str]:
         "--modules",
         " ".join(request.modules),
     ]
+    argv += ["--omit-drivers", " ".join(name for name in VIRTUAL_DEVICES if name not in request.drivers)]
     if request.drivers:
         argv += ["--add-drivers", " ".join(request.drivers)]
     return [*argv, str(request.output)]

@@ -206,6 +206,8 @@ def _plain(name: str, content: bytes) -> bytes:
 
 def _note(asked: dict[str, list[str]], data: bytes, driver: str) -> None:
     """Collect the firmware named in modules' .modinfo; in several modules in a row, `name` follows what it is about."""
+    if b"firmware=" not in data:
+        return  # most of them, of several MB
     files: list[str] = []
     for key, value in FIELD.findall(data):
         text = value.decode("utf-8", "replace")

@@ -1,15 +1,16 @@
-"""What a program says about itself: which processor it is for, and which shared libraries it needs (elf(5))."""
+"""What a program says about itself: its processor, its dynamic linker, and which shared libraries it needs (elf(5))."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 MAGIC = b"\x7fELF"
 # e_machine (elf.h) of the processors that distributions support, as uname names them.
 MACHINES = {3: "i386", 8: "mips", 21: "ppc64", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 MACHINES[258] = "loongarch64"
-PT_LOAD, PT_DYNAMIC = 1, 2
+PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
 
 
@@ -38,11 +39,23 @@ def needed_libraries(data: bytes) -> list[str]:
         return []  # damaged or strange: it needs nothing that could be found
 
 
-def _needed(data: bytes) -> list[str]:
+def dynamic_linker(program: Path) -> str:
+    """Return the path of the dynamic linker that a program names; nothing where it names none or is no ELF file."""
+    try:
+        data = program.read_bytes()
+        if data[:4] != MAGIC:
+            return ""
+        found = [data[start : start + length] for kind, start, _, length in _segments(data) if kind == PT_INTERP]
+        return found[0].rstrip(b"\0").decode("ascii") if found else ""
+    except (OSError, struct.error, ValueError, IndexError):
+        return ""
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the type of each segment, its place in the file, its address and its bytes in the file."""
     wide, order = data[4] == 2, "<" if data[5] == 1 else ">"
     offset = struct.unpack_from(order + ("Q" if wide else "I"), data, 32 if wide else 28)[0]
     size, count = struct.unpack_from(order + "HH", data, 54 if wide else 42)
-    loads, dynamic = [], (0, 0)
     for n in range(count):
         # p_type, then p_offset, p_vaddr, p_filesz: their places differ between the two classes
         place = offset + n * size
@@ -51,6 +64,13 @@ def _needed(data: bytes) -> list[str]:
             start, address, length = struct.unpack_from(order + "QQ8xQ", data, place + 8)
         else:
             start, address, length = struct.unpack_from(order + "II4xI", data, place + 4)
+        yield kind, start, address, length
+
+
+def _needed(data: bytes) -> list[str]:
+    wide, order = data[4] == 2, "<" if data[5] == 1 else ">"
+    loads, dynamic = [], (0, 0)
+    for kind, start, address, length in _segments(data):
         if kind == PT_LOAD:
             loads.append((address, start, length))
         elif kind == PT_DYNAMIC:

@@ -52,6 +52,33 @@ def test_an_image_comes_over_mutual_tls(node: Node, site: Site) -> None:
     assert node.attempts() == 1
 
 
+@pytest.mark.parametrize(
+    ("processor", "first", "told"),
+    [
+        ("model name\t: A CPU\nflags\t\t: fpu aes ssse3", "AES_128_GCM", False),
+        ("model name\t: A CPU\nflags\t\t: fpu ssse3", "CHACHA20", False),
+        ("Features\t: fp asimd aes", "AES_128_GCM", False),
+        ("Features\t: fp asimd", "CHACHA20", False),
+        ("model name\t: QEMU TCG CPU version 2.5+\nflags\t\t: fpu aes ssse3", "CHACHA20", True),
+        ("isa\t: rv64", "AES_128_GCM", False),
+    ],
+)
+def test_the_cipher_is_one_that_the_processor_is_good_at(
+    dash: Node, site: Site, tmp_path: Path, processor: str, first: str, told: bool
+) -> None:
+    (dash.shell.root / "proc").mkdir(exist_ok=True)
+    (dash.shell.root / "proc/cpuinfo").write_text(f"processor\t: 0\n{processor}\nprocessor\t: 1\n")
+    path = recording_curl(tmp_path / "bin")
+    wrapper = tmp_path / "bin/curl"
+    wrapper.write_text(
+        wrapper.read_text().replace("#!/bin/sh", f'#!/bin/sh\necho "$OPENSSL_ia32cap" >{tmp_path}/told', 1)
+    )
+    assert dash.got(dash.fetch(site.url(), DIGEST, env={"PATH": path}))
+    arguments = (tmp_path / "bin/arguments").read_text().splitlines()
+    assert arguments[arguments.index("--tls13-ciphers") + 1].startswith(f"TLS_{first}")
+    assert bool((tmp_path / "told").read_text().strip()) is told
+
+
 def test_plain_http_is_fine_with_a_digest(node: Node, site: Site) -> None:
     assert node.got(node.fetch(f"http://127.0.0.1:{site.store.http_port}/node.squashfs", DIGEST))
 

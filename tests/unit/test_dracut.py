@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from anchor_build import dracut
 from anchor_build.build import _dracut_hint
 from anchor_build.dracut import Dracut, Request
+from anchor_build.elf import dynamic_linker, machine_of
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import Kernel
 from anchor_build.plan import make_plan
@@ -143,13 +145,38 @@ def test_no_path_of_this_host_is_in_the_arguments(base: Path, tmp_path: Path) ->
     assert not [word for word in argv[1:] if "/" in word and not word.startswith("./")]
     text = dracut.configuration(tmp_path / "lib's $(x)", tmp_path / "work")
     lines = subprocess.run(
-        ["sh", "-c", f'{text}\nprintf "%s\\n" "$drivers_dir" "$tmpdir"'], capture_output=True, text=True, check=True
+        ["bash", "-c", f'{text}\nprintf "%s\\n" "$drivers_dir" "$tmpdir"'], capture_output=True, text=True, check=True
     )
     assert lines.stdout.splitlines() == [f"{tmp_path}/lib's $(x)", f"{tmp_path}/work"]
 
 
 def test_no_drivers_no_option(base: Path, tmp_path: Path) -> None:
     assert "--add-drivers" not in dracut.arguments(dracut.find_dracut(), request(tmp_path))
+
+
+def test_devices_that_nobody_sets_up_stay_out_unless_they_are_wanted(base: Path, tmp_path: Path) -> None:
+    for drivers, out in (((), True), (("tun",), False)):
+        options = dict(pairwise(dracut.arguments(dracut.find_dracut(), request(tmp_path, drivers))))
+        omitted = options["--omit-drivers"].split()
+        assert ("tun" in omitted) is out
+        assert "vxlan" in omitted
+        assert not {"bonding", "8021q", "bridge", "team", "virtio_net"} & set(omitted)
+
+
+@pytest.mark.parametrize("program", ["/bin/bash", "/usr/bin/ldd", "/usr/lib/os-release", "/usr/bin/openssl"])
+def test_dracuts_ldd_says_what_ldd_says(tmp_path: Path, program: str) -> None:
+    script = tmp_path / "ldd"
+    script.write_text(dracut.ldd_script(dynamic_linker(Path("/bin/sh"))), encoding="utf-8")
+    said = []
+    for argv in (["sh", str(script), program], ["ldd", program]):
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        said.append((done.returncode, re.sub(r"\(0x[0-9a-f]+\)", "", done.stdout + done.stderr)))
+    assert said[0] == said[1]
+    # It has not simply called ldd for a program of this kind.
+    alone = subprocess.run(
+        ["/bin/sh", str(script), program], env={"PATH": str(tmp_path / "none")}, capture_output=True, check=False
+    )
+    assert (alone.returncode == 0) is (machine_of(Path(program)) != "")
 
 
 def test_gzip_where_the_kernel_cannot_unpack_zstd(tmp_path: Path) -> None:
@@ -168,6 +195,25 @@ def system(tmp_path: Path, *modules: str, programs: tuple[str, ...] = ()) -> Dra
 
 
 NETWORKD = ("01systemd-networkd", "35network-manager")
+
+
+@pytest.mark.parametrize(
+    ("network", "systemd", "unused"),
+    [
+        ("", True, True),
+        ("systemd-networkd", True, True),
+        ("network-manager", True, False),
+        ("network-legacy", True, False),
+        ("", False, False),
+    ],
+)
+def test_only_networkd_does_without_the_bus(tmp_path: Path, network: str, systemd: bool, unused: bool) -> None:
+    installed = system(tmp_path, *NETWORKD, programs=("usr/lib/systemd/systemd-networkd",))
+    assert ("dbus" in dracut.unused_modules(installed, network, systemd=systemd)) is unused
+
+
+def test_without_networkd_the_bus_is_used(tmp_path: Path) -> None:
+    assert dracut.unused_modules(system(tmp_path, *NETWORKD)) == ()
 
 
 @pytest.mark.parametrize("network", ["", "systemd-networkd", "network-manager"])

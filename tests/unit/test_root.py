@@ -10,7 +10,7 @@ import pytest
 
 from anchor_build import root as roots
 from anchor_build.dracut import find_dracut
-from anchor_build.elf import machine_of, needed_libraries
+from anchor_build.elf import dynamic_linker, machine_of, needed_libraries
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import find_kernel, installed_releases
 from anchor_build.root import HOST, Root, enter, open_root
@@ -179,6 +179,16 @@ def test_processors_by_name(tmp_path: Path) -> None:
         (tmp_path / "program").write_bytes(content)
         assert machine_of(tmp_path / "program") == name
     assert machine_of(tmp_path / "gone") == ""
+
+
+def test_the_dynamic_linker(tmp_path: Path) -> None:
+    assert Path(dynamic_linker(Path("/bin/sh"))).is_file()
+    whole = Path("/bin/sh").read_bytes()
+    for size in (0, 4, 20, 64, 300):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        assert dynamic_linker(tmp_path / "cut") == ""
+    assert dynamic_linker(Path("/usr/bin/ldd")) == ""
+    assert dynamic_linker(tmp_path / "gone") == ""
 
 
 def test_needed_libraries() -> None:

@@ -169,7 +169,10 @@ def spread(values: list[float]) -> str:
 
 
 def contenders(site: image.SiteImage, work: Path, stack: ExitStack) -> dict[str, Contender]:
-    """Start the servers for all, and say how each contender boots from them; the initramfs come later."""
+    """Start the servers for all, and say how each contender boots from them; the initramfs come later.
+
+    "http" has none's initramfs, and fetches as livenet does.
+    """
     ports = servers.free_port(), servers.free_port()
     for name in ("pki", "pebble", "mtls", "plain", "www"):
         (work / name).mkdir()
@@ -184,6 +187,7 @@ def contenders(site: image.SiteImage, work: Path, stack: ExitStack) -> dict[str,
     digest = f"rd.anchor.squashfs.sha256={site.sha256}"
     live = f"root=live:http://10.0.2.2:{plain.http_port}/image.squashfs ip=dhcp rd.neednet=1 rd.live.image"
     ours = f"root=anchor rd.anchor.squashfs.url=https://10.0.2.2:{plain.https_port}/image.squashfs {digest}"
+    ours_http = f"root=anchor rd.anchor.squashfs.url=http://10.0.2.2:{plain.http_port}/image.squashfs {digest}"
     with_acme = (
         f"root=anchor rd.anchor.acme.server=https://10.0.2.2:{acme.port}/dir {digest} "
         f"rd.anchor.squashfs.url=https://10.0.2.2:{mtls.https_port}/image.squashfs"
@@ -192,6 +196,7 @@ def contenders(site: image.SiteImage, work: Path, stack: ExitStack) -> dict[str,
     return {
         "livenet": Contender("livenet", work / "livenet.img", f"{live} rd.live.overlay.overlayfs=1"),
         "none": Contender("none", work / "none.img", ours),
+        "http": Contender("http", work / "none.img", ours_http),
         "acme": Contender("acme", work / "acme.img", with_acme, forward),
     }
 
@@ -218,7 +223,8 @@ def measure(
     for n in range(options.runs):
         for name, contender in rivals.items():
             with console.step(f"run {n + 1} of {options.runs}: build and boot {name}"):
-                seconds[name].setdefault("build s", []).append(timed(builders[name]))
+                if name in builders:
+                    seconds[name].setdefault("build s", []).append(timed(builders[name]))
                 result = boot(contender, site.kernel, options.node_memory, work)
                 seconds[name].setdefault("switch_root s", []).append(result.switch_root)
                 seconds[name].setdefault("ready s", []).append(result.ready)

@@ -9,13 +9,15 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anchor_build import __version__
 from anchor_build.console import Step, printable
+from anchor_build.container import PROGRAMS, unpacked
+from anchor_build.container import facts as container_facts
 from anchor_build.distribution import Distribution, build_tree, distribution_problems
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import (
@@ -28,6 +30,7 @@ from anchor_build.files import (
     work_directory,
 )
 from anchor_build.manifest import RELEASE, SUFFIX, Manifest, manifest_text, read_manifest
+from anchor_build.oci import Access, missing_programs
 from anchor_build.run import run, which
 from anchor_build.signing import SigningKey, open_key, sign_text
 from anchor_build.version import source_date_epoch
@@ -64,7 +67,7 @@ PACK_TIMEOUT = 4 * 3600.0
 
 @dataclass(frozen=True)
 class ImageBuild:
-    """Everything that decides an image and its manifest. Either `source` or `distribution` is given.
+    """Everything that decides an image and its manifest. One of `source`, `distribution` and `container` is given.
 
     `valid_for` is in seconds; `urls` end in a slash for a directory that will hold the image under its published name.
     """
@@ -72,6 +75,10 @@ class ImageBuild:
     output: Path
     source: Path | None = None
     distribution: Distribution | None = None
+    # A container image, as container.unpacked takes it, for a platform, and what its registry wants to see.
+    container: str = ""
+    platform: str = ""
+    access: Access = field(default_factory=Access)
     format: str = "squashfs"
     compression: str = ""
     urls: tuple[str, ...] = ()
@@ -95,12 +102,14 @@ class ImageBuild:
 class Contents:
     """What a tree holds outside of pseudo file systems: `unpacked` bytes of files, the newest time (seconds).
 
+    `newest_file` is that of everything but directories: theirs tell when a tree was unpacked.
     `strange_kernels` are directories of modules with names that no kernel and no manifest has.
     """
 
     entries: int
     unpacked: int
     newest: int
+    newest_file: int
     kernels: tuple[str, ...]
     strange_kernels: tuple[str, ...]
 
@@ -132,8 +141,8 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
         else:
             # A distribution is made of files of today.
             epoch = int(time.time()) if epoch is None and kind == "distribution" else epoch
-            tree, more = _tree(build, kind, work, step, epoch)
-            facts |= more | _pack(build, tree, image, work, step, epoch, owned=kind != "directory")
+            tree, more = stack.enter_context(_tree(build, kind, work, step, epoch))
+            facts |= more | _pack(build, tree, image, work, step, epoch, kind)
         with step("take the digest"):
             sha256 = file_digest(image)
         manifest = _manifest(build, facts, sha256, image.stat().st_size)
@@ -154,6 +163,8 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
 def _source_kind(build: ImageBuild) -> str:
     if build.distribution is not None:
         return "distribution"
+    if build.container:
+        return "container"
     if build.source is None or not build.source.exists():
         raise UsageError(f"{build.source}: there is no such file or directory")
     if build.source.is_dir():
@@ -164,7 +175,7 @@ def _source_kind(build: ImageBuild) -> str:
         if build.compression or found != build.format:
             raise UsageError(
                 f"{build.source}: is a {found} image already, and only gets a new manifest",
-                "--format and --compression are for making an image of a directory, a tar or a distribution",
+                "--format and --compression are for making an image of something else",
             )
         return "image"
     head = _head(build.source)
@@ -205,6 +216,8 @@ def _check_host(build: ImageBuild, kind: str) -> None:
         problems.append("openssl is missing: install openssl (deb and rpm)")
     if build.distribution is not None:
         problems += distribution_problems(build.distribution)
+    if build.container:
+        problems += missing_programs(*PROGRAMS)
     if problems:
         raise AnchorError("\n".join(problems))
 
@@ -222,20 +235,29 @@ def _compression(build: ImageBuild) -> tuple[str, str]:
     return name, level
 
 
-def _tree(build: ImageBuild, kind: str, work: Path, step: Step, epoch: int | None) -> tuple[Path, dict[str, Any]]:
-    """Return the directory to pack, and what the report says about where it came from."""
+@contextmanager
+def _tree(
+    build: ImageBuild, kind: str, work: Path, step: Step, epoch: int | None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the directory to pack, and what the report says about where it came from."""
     source = build.source or Path()  # a distribution has none
     if kind == "directory":
-        return source, {}
+        yield source, {}
+        return
+    if kind == "container":
+        with unpacked(build.container, f"--from {build.container}", build.access, build.platform, step) as container:
+            yield container.directory, container_facts(container, build.container)
+        return
     tree = work / "tree"
     tree.mkdir(mode=0o755)
     if build.distribution is not None:
         with step(f"build a tree of {build.distribution.name}"):
             facts = build_tree(build.distribution, tree, work, unpack, epoch or 0)
-        return tree, {"distribution": build.distribution.name, **facts}
+        yield tree, {"distribution": build.distribution.name, **facts}
+        return
     with step(f"unpack {source.name}"):
         unpack(source, tree)
-    return tree, {"source_sha256": file_digest(source)}
+    yield tree, {"source_sha256": file_digest(source)}
 
 
 def unpack(archive: Path, tree: Path) -> None:
@@ -274,32 +296,36 @@ def _walk(tree: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 def examine(tree: Path) -> Contents:
     """Look at everything that will be packed."""
-    entries = unpacked = newest = 0
+    entries = unpacked = newest = newest_file = 0
     linked, found = set(), set()
     for path, facts in _walk(tree):
         entries += 1
         if modules := MODULES.fullmatch(path):
             found.add(modules[1])
         newest = max(newest, int(facts.st_mtime))
+        if not stat.S_ISDIR(facts.st_mode):
+            newest_file = max(newest_file, int(facts.st_mtime))
         if not stat.S_ISREG(facts.st_mode) or (facts.st_dev, facts.st_ino) in linked:
             continue
         if facts.st_nlink > 1:
             linked.add((facts.st_dev, facts.st_ino))
         unpacked += facts.st_size
     kernels = {name for name in found if RELEASE.fullmatch(name)}
-    return Contents(entries, unpacked, newest, tuple(sorted(kernels)), tuple(sorted(found - kernels)))
+    return Contents(entries, unpacked, newest, newest_file, tuple(sorted(kernels)), tuple(sorted(found - kernels)))
 
 
 def _pack(
-    build: ImageBuild, tree: Path, output: Path, work: Path, step: Step, epoch: int | None, *, owned: bool
+    build: ImageBuild, tree: Path, output: Path, work: Path, step: Step, epoch: int | None, kind: str
 ) -> dict[str, Any]:
-    """Write the file system; `owned` says that the tree is ours to change. Return facts for manifest and report."""
+    """Write the file system of a tree that came from a `kind` of source. Return facts for manifest and report."""
     contents = examine(tree)
+    owned = kind != "directory"  # so it is ours to change
     found = {name: (tree / name).lstat().st_mode for name in PSEUDO if os.path.lexists(tree / name)}
     # A link is no place to mount something on: it may lead out of the image.
     if wrong := [f"/{name}" for name, mode in found.items() if not stat.S_ISDIR(mode)]:
         raise AnchorError(
-            f"{build.source or tree}: {' and '.join(wrong)} must be a directory, which a root mounts something on",
+            f"{build.source or build.container or tree}: {' and '.join(wrong)} must be a directory, which a root mounts"
+            " something on",
             "is this the root of a system?",
         )
     lacking = {name: mode for name, mode in PSEUDO.items() if name not in found}
@@ -314,7 +340,8 @@ def _pack(
         )
     # The time that no file in the image is newer than. A clock reading would make two images of the same input differ.
     # Both file systems count from 1970; squashfs ends in 2106.
-    when = min(max(contents.newest, 0), MAX_TIME) if epoch is None else epoch
+    newest = contents.newest_file if kind == "container" else contents.newest
+    when = min(max(newest, 0), MAX_TIME) if epoch is None else epoch
     if owned and tree.stat().st_mtime > when:
         os.utime(tree, (when, when))
     argv = pack_arguments(build, tree, output, lacking, _erofs_options() if build.format == "erofs" else ())

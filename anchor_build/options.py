@@ -127,3 +127,28 @@ def json_option(function: F) -> F:
 def registry_of(stage_dir: Sequence[Path]) -> Registry:
     """Load the stages that the options give access to."""
     return load_registry(tuple(stage_dir))
+
+
+def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what a registry may want to see; it reaches the function as `access` (oci.Access)."""
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        from anchor_build.oci import Access
+
+        ca, certificate, key = (kwargs.pop(f"registry_{name}") for name in ("ca", "cert", "key"))
+        if (certificate is None) != (key is None):
+            raise click.UsageError("--registry-cert and --registry-key belong together.")
+        access = Access(ca, certificate, key, kwargs.pop("authfile"))
+        return function(*args, access=access, **kwargs)
+
+    command: Callable[..., Any] = gather
+    for name, text in (
+        ("--authfile", "Logins at registries: containers-auth.json(5). Default: where `skopeo login` leaves them."),
+        ("--registry-key", "The client certificate's private key (PEM)."),
+        ("--registry-cert", "A client certificate (PEM) for the registry."),
+        ("--registry-ca", "The registry's CA (PEM), beside those that this host trusts."),
+    ):
+        kind = click.Path(path_type=Path, exists=True, dir_okay=False)
+        command = click.option(name, type=kind, metavar="FILE", help=text)(command)
+    return command

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option
+from anchor_build.oci import Access
+from anchor_build.options import json_option, registry_options
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -19,6 +20,15 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--format", "format_", type=click.Choice(["squashfs", "erofs"]), help="Default: by --output, or squashfs."
 )
 @click.option("--compression", default="", metavar="NAME[:LEVEL]", help="Default: zstd:6 (squashfs), lz4hc (erofs).")
+@click.option(
+    "--from",
+    "container",
+    metavar="NAME|FILE|DIR",
+    help="Unpack a container image instead: REGISTRY/NAME:TAG or @sha256:..., an OCI archive or directory, or"
+    " containers-storage:NAME. Needs skopeo and umoci.",
+)
+@click.option("--platform", default="", metavar="OS/ARCH", help="Which of its platforms. Default: this host's.")
+@registry_options
 @click.option("--distribution", metavar="NAME:VERSION", help="Install a distribution instead: debian:bookworm.")
 @click.option(
     "--package",
@@ -53,6 +63,9 @@ def command(
     output: Path | None,
     format_: str | None,
     compression: str,
+    container: str | None,
+    platform: str,
+    access: Access,
     distribution: str | None,
     packages: tuple[str, ...],
     variant: str,
@@ -65,7 +78,7 @@ def command(
     sign_pass_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Make a squashfs or erofs image from SOURCE, a directory or a tar, or from a distribution.
+    """Make a squashfs or erofs image from SOURCE, a directory or a tar, from a container image or a distribution.
 
     Beside it go its manifest (FILE.manifest), which nodes read, and a JSON report (FILE.json). The same input gives
     the same image. Where SOURCE is an image already, it gets a new manifest: a later end, another key, other URLs.
@@ -73,6 +86,7 @@ def command(
     \b
     Examples:
       anchor-build image rootfs.tar.zst -o node.squashfs --sign-key manifest.key --valid-for 30d
+      anchor-build image --from registry.example/nodes/compute:2026-11 -o node.squashfs --sign-key manifest.key
       anchor-build image --distribution debian:bookworm --package systemd-sysv,linux-image-cloud-amd64 -o node.erofs
       anchor-build image --distribution rocky:9 --mirror https://mirror.example/9/BaseOS/ --mirror-key rocky.key
       anchor-build image node.tar --sign-key "pkcs11:token=site;object=manifest;type=private" --url https://store/el9/
@@ -81,11 +95,14 @@ def command(
     from anchor_build.distribution import VARIANTS, Distribution, known_packages, known_sources
     from anchor_build.files import disk_errors
     from anchor_build.image import ImageBuild, build_image, image_format
+    from anchor_build.oci import check_platform
     from anchor_build.paramtypes import InvalidValueError, check_value
 
-    if (source is None) == (distribution is None):
-        raise click.UsageError("Give either SOURCE or --distribution.")
-    if source is not None and (packages or mirrors or mirror_key or variant):
+    if sum(given is not None for given in (source, distribution, container)) != 1:
+        raise click.UsageError("Give one of SOURCE, --from and --distribution.")
+    if container is None and (platform or access != Access()):
+        raise click.UsageError("--platform, --registry-... and --authfile belong to --from.")
+    if distribution is None and (packages or mirrors or mirror_key or variant):
         raise click.UsageError("--package, --variant, --mirror and --mirror-key belong to --distribution.")
     if variant and variant not in VARIANTS:
         raise click.UsageError(f"--variant {variant}: is none of {', '.join(VARIANTS)}.")
@@ -106,13 +123,19 @@ def command(
         output = source
     kind = format_ or ready or ("erofs" if output and output.suffix in (".erofs", ".ero") else "squashfs")
     if output is None:
-        name = source.resolve().name.split(".tar")[0] if source else str(distribution).replace(":", "-")
+        if container is not None:
+            name = container.partition("@")[0].rpartition("/")[2].partition(":")[0].split(".tar")[0]
+        else:
+            name = source.resolve().name.split(".tar")[0] if source else str(distribution).replace(":", "-")
         if not name:
             raise click.UsageError("Name the image: -o FILE.")
         output = Path(f"{name}.{kind}")
     build = ImageBuild(
         output=output,
         source=source,
+        container=container or "",
+        platform=check_platform(platform),
+        access=access,
         distribution=Distribution(distribution, known_packages(packages), known_sources(mirrors), mirror_key, variant)
         if distribution
         else None,

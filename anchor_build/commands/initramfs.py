@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import Choice, json_option, set_option, stage_options
+from anchor_build.oci import Access
+from anchor_build.options import Choice, json_option, registry_options, set_option, stage_options
 
 DRIVERS_HELP = (
     "Which drivers beside those of the stages: minimal (virtual machines), network (every wired network card; the"
@@ -29,8 +30,9 @@ DRIVERS_HELP = (
     "--container",
     metavar="NAME|FILE|DIR",
     help="Likewise with a container image: of a registry, an OCI archive or directory, or containers-storage:NAME."
-    " Needs buildah.",
+    " Needs skopeo and umoci.",
 )
+@registry_options
 @click.option("--kernel", metavar="RELEASE|FILE", help="The kernel, by release or image. Default: this host's newest.")
 @click.option(
     "--modules",
@@ -107,6 +109,7 @@ def command(
     choice: Choice,
     sysroot: Path | None,
     container: str | None,
+    access: Access,
     kernel: str | None,
     modules: Path | None,
     copy_kernel: bool,
@@ -158,8 +161,7 @@ def command(
     plan = choice.plan()
     with ExitStack() as stack:
         if container is not None:
-            with console.step("unpack the container image"):
-                root = stack.enter_context(opened(container))
+            root = stack.enter_context(opened(container, access, console.step))
         else:
             root = open_root(sysroot) if sysroot is not None else HOST
         found = find_kernel(kernel, modules, root)

@@ -42,7 +42,7 @@ LOGIN = "log in with `skopeo login REGISTRY`, or name the file that has the logi
 HINTS = (
     (r"no space left on device|disk quota exceeded", ""),
     (
-        r"quota|413 |request entity too large|507 |insufficient storage",
+        r"quota|exceed|413 |request entity too large|507 |insufficient storage",
         "the registry has no room for it: make some there",
     ),
     (r"unauthorized|authentication required|invalid username/password| 401", LOGIN),

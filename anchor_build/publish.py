@@ -272,7 +272,7 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         )
     manifest_file = image.with_name(image.name + SUFFIX)
     with step("verify the image, its manifest and the signature"), disk_errors():
-        manifest, sha256 = _verified(image, manifest_file, keys)
+        manifest, sha256 = verified(image, manifest_file, keys)
     name = manifest_file.name
     _refuse_older(image, manifest, target, name, keys)
     report: dict[str, Any] = {"to": to, "signed_by": None, "files": []}
@@ -331,7 +331,8 @@ def _date(seconds: int) -> str:
         return f"{seconds} s after 1970"
 
 
-def _verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tuple[Manifest, str]:
+def verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tuple[Manifest, str]:
+    """Return an image's manifest and SHA-256; raises AnchorError unless both belong together and nodes take them."""
     if not image.is_file():
         raise AnchorError(f"{image}: there is no such file")
     manifest, data = read_manifest(manifest_file)

@@ -7,14 +7,20 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option
+from anchor_build.oci import Access
+from anchor_build.options import json_option, registry_options
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(short_help="Put an image and its manifest where nodes fetch them.")
 @click.argument("image", type=FILE)
-@click.option("--to", required=True, metavar="DIR|s3://BUCKET/PREFIX", help="Where to: a directory, or a bucket.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="DIR|s3://BUCKET/PREFIX|oci://REGISTRY/NAME:TAG",
+    help="Where to: a directory, a bucket, or an OCI registry.",
+)
 @click.option(
     "--manifest-key",
     "manifest_keys",
@@ -26,6 +32,18 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--endpoint", default="", metavar="URL", help="The S3 service. Default: AWS_ENDPOINT_URL, or AWS.")
 @click.option("--region", default="", help="The region that requests are signed for. Default: AWS_REGION.")
 @click.option("--ca", type=FILE, metavar="FILE", help="The CA of the S3 service. Default: those that this host trusts.")
+@click.option("--initramfs", type=FILE, metavar="FILE", help="Push this with the image, and its kernel (registry).")
+@click.option("--kernel", type=FILE, metavar="FILE", help="That kernel. Default: what the initramfs's report names.")
+@click.option("--platform", default="", metavar="OS/ARCH", help="What these are for. Default: as this host.")
+@click.option(
+    "--annotation",
+    "annotations",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Say something of it: version=2026.11, revision=..., or a key of your own with a dot (registry). May be"
+    " repeated.",
+)
+@registry_options
 @json_option
 @click.pass_obj
 def command(
@@ -36,6 +54,11 @@ def command(
     endpoint: str,
     region: str,
     ca: Path | None,
+    initramfs: Path | None,
+    kernel: Path | None,
+    platform: str,
+    annotations: tuple[str, ...],
+    access: Access,
     as_json: bool,
 ) -> None:
     """Verify IMAGE and its manifest (IMAGE.manifest), then put them where nodes fetch them.
@@ -44,16 +67,45 @@ def command(
     pair or the new one. What is there already is not sent again. S3 credentials come from AWS_ACCESS_KEY_ID and
     AWS_SECRET_ACCESS_KEY, or from ~/.aws/credentials (AWS_PROFILE).
 
+    At an OCI registry the image becomes an artifact that the image stage oci boots; with --initramfs, the kernel and
+    the manifest go with it. The tag moves last. Needs skopeo, whose logins and certificates count.
+
     \b
     Examples:
       anchor-build publish node.squashfs --to /srv/images --manifest-key manifest.pub
       anchor-build publish node.squashfs --to s3://images/el9 --endpoint https://s3.example --manifest-key k.pub
+      anchor-build publish node.squashfs --to oci://registry.example/nodes/compute:2026-11 --manifest-key k.pub
+      anchor-build publish node.squashfs --initramfs node.img --to oci://registry.example/nodes/el9:now
     """  # noqa: D301
     from anchor_build.publish import find_target, publish
+    from anchor_build.publish_oci import Push, is_registry, parse_annotations, parse_target, publish_oci
     from anchor_build.signing import read_public_keys
 
-    target = find_target(to, endpoint=endpoint, region=region, ca=ca)
-    report = publish(image, to, target, read_public_keys(manifest_keys), console.step)
+    if is_registry(to):
+        if endpoint or region or ca:
+            raise click.UsageError("--endpoint, --region and --ca belong to s3://; a registry has --registry-ca.")
+        if initramfs is None and (kernel or platform):
+            raise click.UsageError("--kernel and --platform belong to --initramfs.")
+        keys, target = read_public_keys(manifest_keys), parse_target(to)
+        said = parse_annotations(annotations)
+        report = publish_oci(Push(image, target, keys, initramfs, kernel, platform, said, access), console.step)
+        for text in report["warnings"]:
+            console.warn(text)
+        if as_json:
+            console.json(report)
+            return
+        console.table(["FILE", "MB", "TYPE"], [[f["name"], f["bytes"] / 1e6, f["media_type"]] for f in report["files"]])
+        click.echo(f"{report['reference']}: {report['result']}")
+        click.echo(report["boot_parameter"])
+        if report["previous"] not in (None, report["digest"]):
+            console.info(f"before, {to} was {report['previous']}")
+        return
+    if initramfs or kernel or platform or annotations or access != Access():
+        raise click.UsageError(
+            "--initramfs, --kernel, --platform, --annotation, --registry-... and --authfile belong to oci://."
+        )
+    place = find_target(to, endpoint=endpoint, region=region, ca=ca)
+    report = publish(image, to, place, read_public_keys(manifest_keys), console.step)
     if as_json:
         console.json(report)
         return

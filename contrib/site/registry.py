@@ -86,6 +86,7 @@ def registry(
     client_ca: Path | None = None,
     auth: Auth = "",
     authority: pki.Authority | None = None,
+    read_only: bool = False,
 ) -> Iterator[Registry]:
     """Run a registry below `directory` over `storage`, which several may share.
 
@@ -105,7 +106,7 @@ def registry(
         "log": {"level": "info", "accesslog": {"disabled": False}},
         "storage": {
             "filesystem": {"rootdirectory": str(storage.resolve())},
-            "maintenance": {"uploadpurging": {"enabled": False}},
+            "maintenance": {"uploadpurging": {"enabled": False}, "readonly": {"enabled": read_only}},
         },
         "http": settings,
     }

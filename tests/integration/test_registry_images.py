@@ -1,0 +1,341 @@
+"""The build host and a registry: `image --from` makes what an engine mounts, `publish` pushes what nodes boot."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from anchor_build.files import file_digest
+from anchor_build.manifest import read_manifest
+from contrib.site import pki
+from contrib.site.registry import CONFIG, MANIFEST, PASSWORD, USER, Registry, registry
+from tests.integration.test_manifest_signing import make_key
+from tests.stages import test_image_oci as stage
+from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "skopeo", "umoci", "buildah", "sqfstar"))),
+    reason="needs root, docker-registry, skopeo, umoci, buildah and sqfstar",
+)
+# The registries of the stage's tests, and a node with its shell library.
+site, dash = stage.site, stage.dash
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, site: stage.Site) -> Run:
+    """Run anchor-build in a directory of its own, with a login that every registry of the site takes."""
+    secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    hosts = (site.basic.host, site.token.host)
+    (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: {"auth": secret} for host in hosts}}))
+
+    def anchor_build(*words: str | Path, **env: str) -> CompletedProcess[str]:
+        argv = [sys.executable, "-m", "anchor_build", *map(str, words)]
+        found = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "REGISTRY_AUTH_FILE": str(tmp_path / "auth.json"), **env}
+        done = subprocess.run(
+            argv, cwd=tmp_path, env={**os.environ, **found}, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert not list((tmp_path / "cache/anchor-build").glob("build-*"))
+        assert PASSWORD not in done.stdout + done.stderr
+        return done
+
+    return anchor_build
+
+
+def trust(site: stage.Site) -> tuple[str | Path, ...]:
+    """Return the options for the site's CA and the node's certificate."""
+    return (
+        "--registry-ca",
+        site.authority.certificate,
+        "--registry-cert",
+        site.node.certificate,
+        "--registry-key",
+        site.node.key,
+    )
+
+
+def facts_in(image: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return the facts of what is in a squashfs, without those of the pseudo file systems."""
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "tree", image], check=True, timeout=60)
+    return facts_of(str(tmp_path / "tree"))
+
+
+# --- Images from container images -------------------------------------------------------------------------
+
+layers, expected = stage.layers, stage.expected
+
+
+def test_an_image_has_what_umoci_unpacks_and_is_the_same_each_time(
+    run: Run, site: stage.Site, layers: list[Layer], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    digest = push(site.plain, "team/from", layers, ("gzip", "zstd", ""))
+    made = run("image", "--from", f"{site.mutual.host}/team/from:v1", *trust(site), "-o", "a.squashfs", "--json")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert (report["source"], report["container_digest"]) == ("container", f"sha256:{digest}")
+    manifest, _ = read_manifest(tmp_path / "a.squashfs.manifest")
+    assert manifest.sha256 == file_digest(tmp_path / "a.squashfs") == report["sha256"]
+    found = facts_in(tmp_path / "a.squashfs", tmp_path)
+    pseudo = {name for name in {*found, *expected} if name.split("/")[0] in ("dev", "proc", "run", "sys")}
+    assert {
+        name: (found.get(name), expected.get(name))
+        for name in {*found, *expected} - pseudo
+        if found.get(name) != expected.get(name)
+    } == {}
+    assert "dev" in found and "dev/null" not in found
+    again = run("image", "--from", f"http://{site.plain.host}/team/from@sha256:{digest}", "-o", "b.squashfs", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["sha256"] == report["sha256"]
+
+
+def test_what_buildah_makes_is_what_buildah_mounts(run: Run, tmp_path: Path) -> None:
+    own = [
+        "buildah",
+        "--root",
+        str(tmp_path / "storage"),
+        "--runroot",
+        str(tmp_path / "run"),
+        "--storage-driver",
+        "vfs",
+    ]
+
+    def buildah(*words: str) -> str:
+        env = {**os.environ, "TMPDIR": str(tmp_path)}
+        return subprocess.run(
+            [*own, *words], env=env, capture_output=True, text=True, check=True, timeout=100
+        ).stdout.strip()
+
+    image = ""
+    changes = (
+        'mkdir -p etc opt/old usr/bin "d$(printf %0200d 1)"; printf 1 >etc/a; printf 2 >etc/gone; printf 3 >opt/old/x;'
+        "printf 4 >usr/bin/ping; ln usr/bin/ping usr/bin/ping6; setcap cap_net_raw+ep usr/bin/ping; chmod 4755 usr/bin;"
+        "ln -s /etc/passwd etc/link; mkfifo opt/pipe; chown -R 7:8 opt",
+        "rm etc/gone; rm -r opt/old; mkdir opt/old; printf 5 >opt/old/new; rm etc/link; mkdir etc/link",
+        "rm usr/bin/ping6; setfattr -n user.mark -v x etc/a",
+    )
+    for change in changes:
+        name = buildah("from", image or "scratch")
+        subprocess.run(["sh", "-ec", change], cwd=buildah("mount", name), check=True, timeout=20)
+        image = f"localhost/step:{len(change)}"
+        buildah("commit", "--quiet", name, image)
+    mounted = facts_of(buildah("mount", buildah("from", image)))
+    buildah("push", "--quiet", image, f"oci-archive:{tmp_path}/node.tar")
+    made = run("image", "--from", "node.tar", "-o", "node.squashfs")
+    assert made.returncode == 0, made.stderr
+    found = facts_in(tmp_path / "node.squashfs", tmp_path)
+    found = {name: facts for name, facts in found.items() if name not in ("dev", "proc", "run", "sys")}
+    assert sorted(found) == sorted(mounted)
+    # No layer has an entry for the root: then its mode is the engine's own.
+    del found["."], mounted["."]
+    assert {name: (found[name], mounted[name]) for name in found if found[name] != mounted[name]} == {}
+
+
+@pytest.mark.parametrize("name", ["up", "inner", "whiteout", "hard", "text", "short"])
+def test_layers_that_no_image_may_have_are_refused(run: Run, site: stage.Site, tmp_path: Path, name: str) -> None:
+    digest = push(site.plain, f"host/{name}", [Layer().directory("./").add("x"), stage.BAD_LAYERS[name][0]])
+    ended = run("image", "--from", f"http://{site.plain.host}/host/{name}@sha256:{digest}", "-o", "node.squashfs")
+    assert ended.returncode == 1
+    reason = {"hard": "cannot be unpacked", "text": "no tar archive", "short": "no tar archive"}
+    assert reason.get(name, "leads out of the image") in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auth.json", "cache"]
+
+
+def test_links_do_not_lead_a_layer_out_of_the_image(run: Run, site: stage.Site, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    bad = Layer().directory("./").link("way", str(outside)).link("up", "../" * 20 + str(outside)[1:])
+    more = Layer().add("way/written", b"x").add("up/written", b"x").add("way/.wh.auth.json")
+    digest = push(site.plain, "host/links", [bad, more])
+    made = run("image", "--from", f"http://{site.plain.host}/host/links@sha256:{digest}", "-o", "node.squashfs")
+    assert made.returncode == 0, made.stderr
+    assert list(outside.iterdir()) == [] and (tmp_path / "auth.json").exists()
+
+
+def pushed(site: stage.Site, name: str, **changes: Any) -> str:
+    """Push a small image with `changes` to its manifest; return what it is called."""
+    layer = Layer().directory("./").add("x").tar
+    config = {"mediaType": CONFIG, **site.plain.put_blob(name, json.dumps(config_of([layer], "s390x")).encode())}
+    blob = {"mediaType": TAR, **site.plain.put_blob(name, layer)}
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [blob], **changes}
+    return f"http://{site.plain.host}/{name}@sha256:{site.plain.put_manifest(name, 'v1', document)}"
+
+
+def test_images_that_cannot_be_unpacked_say_why(run: Run, site: stage.Site, tmp_path: Path) -> None:
+    blob = site.plain.put_blob("host/bad", b"other")
+    other = site.plain.put_blob("host/bad", json.dumps(config_of([b"other"])).encode())
+    platform = pushed(site, "host/bad")
+    type_ = pushed(site, "host/bad", layers=[{"mediaType": "application/x-unheard-of", **blob}])
+    diff = pushed(site, "host/bad", config={"mediaType": CONFIG, **other})
+    blobs = site.plain.storage / "docker/registry/v2/blobs/sha256"
+    harmed = pushed(site, "host/harmed", layers=[{"mediaType": TAR, **site.plain.put_blob("host/harmed", b"harm me")}])
+    digest = site.plain.put_blob("host/harmed", b"harm me")["digest"][7:]
+    (blobs / digest[:2] / digest / "data").write_bytes(b"harmed!")
+    cases = {
+        platform: "is for linux/s390x, and",
+        type_: "not an image of 1 to 128 tar layers",
+        diff: "diffid mismatch",
+        harmed: "does not match",
+        f"http://{site.plain.host}/host/bad:v1": "nothing protects http://",
+        f"{site.mutual.host}/host/bad:v1": "signed by unknown authority\nhint: name the registry's CA",
+        "127.0.0.1:9/host/bad": "connection refused\nhint: is the name right",
+        "bad:v1": "no registry in the name",
+        "docker://library/bad": "no registry in the name",
+        "registry.example/Bad": "its name is none",
+        "registry.example/bad:a b": "its tag is none",
+        "registry.example/bad@sha256:1": "its digest is not",
+        "user@registry.example/bad": "has a user in it",
+    }
+    for reference, reason in cases.items():
+        ended = run("image", "--from", reference, "-o", "node.squashfs", *(["--platform", "linux/amd64"]))
+        assert ended.returncode in (1, 2) and reason in ended.stderr, (reference, ended.stderr)
+        assert "Traceback" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auth.json", "cache"]
+
+
+# --- Publishing -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image(tmp_path: Path, run: Run) -> Path:
+    """Return a signed image, made by the command; its key is site.pub beside it."""
+    tree = tmp_path / "tree-of-node"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=demo\n")
+    key, _ = make_key(tmp_path, "site")
+    done = run("image", tree, "-o", "node.squashfs", "--sign-key", key, "--valid-for", "30d")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "node.squashfs"
+
+
+def uploads(server: Registry) -> int:
+    """Return how many blobs were sent to a registry."""
+    return server.log.read_text().count('"PATCH /v2/')
+
+
+@pytest.mark.parametrize("how", ["mutual", "basic", "token"])
+def test_a_published_image_is_what_the_node_mounts(
+    run: Run, site: stage.Site, dash: stage.Node, image: Path, how: str
+) -> None:
+    server: Registry = getattr(site, how)
+    words = (
+        "publish",
+        image,
+        "--manifest-key",
+        "site.pub",
+        "--to",
+        f"oci://{server.host}/nodes/{how}:v1",
+        *trust(site),
+    )
+    epoch = {"SOURCE_DATE_EPOCH": "1790000000"}
+    done = run(*words, "--annotation", "version=2026.11", "--json", **epoch)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["previous"], report["result"]) == (None, "published")
+    parameter, _, reference = report["boot_parameter"].partition("=")
+    assert (parameter, reference) == ("rd.anchor.oci.image", f"{server.host}/nodes/{how}:v1@{report['digest']}")
+    facts = dash.facts(f"https://{reference}", user=USER, password=PASSWORD)
+    assert "etc/os-release" in facts
+    sent = uploads(server)
+    again = run(*words, "--annotation", "version=2026.11", **epoch)
+    assert again.returncode == 0 and f"{reference}: was there" in again.stdout, again.stderr
+    assert uploads(server) == sent > 0
+    blob = (
+        site.plain.storage / "docker/registry/v2/blobs/sha256" / report["digest"][7:9] / report["digest"][7:] / "data"
+    )
+    document = json.loads(blob.read_bytes())
+    assert document["artifactType"] == "application/vnd.anchor.image.v1"
+    assert document["config"]["mediaType"] == "application/vnd.oci.empty.v1+json"
+    assert [layer["mediaType"] for layer in document["layers"]] == ["application/vnd.anchor.image.layer.v1.squashfs"]
+    prefix = "org.opencontainers.image."
+    assert document["annotations"] == {
+        f"{prefix}created": "2026-09-21T14:13:20Z",
+        f"{prefix}title": "node.squashfs",
+        f"{prefix}version": "2026.11",
+    }
+
+
+def test_a_set_has_one_tag_for_node_and_boot_server(
+    run: Run, site: stage.Site, dash: stage.Node, image: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vmlinuz-6.1").write_bytes(b"kernel")
+    initramfs = tmp_path / "node.img"
+    initramfs.write_bytes(b"initramfs")
+    facts = {"sha256": file_digest(initramfs), "kernel": "6.1", "kernel_file": "vmlinuz-6.1"}
+    (tmp_path / "node.img.json").write_text(json.dumps({**facts, "settings": {"rd.anchor.x": "(secret)"}}))
+    to = f"oci+http://{site.plain.host}/nodes/set:v1"
+    words = ("publish", image, "--manifest-key", "site.pub", "--initramfs", "node.img", "--to", to)
+    done = run(*words, "--platform", "linux/arm64", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "holds secrets (rd.anchor.x)" in done.stderr
+    names = [file["name"] for file in report["files"]]
+    assert names[1:] == ["vmlinuz-6.1", "node.img", "node.squashfs.manifest"]
+    reference = report["boot_parameter"].partition("=")[2]
+    assert "etc/os-release" in dash.facts(reference, platform="linux/arm64")
+    dash.refused(reference, "no manifest for linux/amd64", platform="linux/amd64")
+    boot = report["files"][1]["manifest"]
+    argv = [
+        "skopeo",
+        "copy",
+        "--src-tls-verify=false",
+        f"docker://{site.plain.host}/nodes/set@{boot}",
+        f"dir:{tmp_path}/got",
+    ]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "got" / report["files"][2]["sha256"]).read_bytes() == b"initramfs"
+
+
+def test_what_is_newer_stays_and_the_way_back_is_told(run: Run, site: stage.Site, image: Path) -> None:
+    words = ("publish", image, "--manifest-key", "site.pub", "--to", f"oci+http://{site.plain.host}/nodes/newer:v1")
+    first = run(*words, "--json", SOURCE_DATE_EPOCH="1790000000")
+    digest = json.loads(first.stdout)["digest"]
+    older = run(*words, SOURCE_DATE_EPOCH="1780000000")
+    assert older.returncode == 1
+    assert "is there already, and newer: of 2026-09-21T14:13:20Z" in older.stderr
+    newer = run(*words, SOURCE_DATE_EPOCH="1795000000")
+    assert newer.returncode == 0 and f"was {digest}" in newer.stderr, newer.stderr
+
+
+def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, image: Path, tmp_path: Path) -> None:
+    other = pki.make_authority(tmp_path / "other")
+    ours = ("--registry-ca", site.authority.certificate)
+    (tmp_path / "nobody.json").write_text("{}")
+    with registry(tmp_path / "registry", storage=tmp_path / "storage", read_only=True) as server:
+        cases: dict[tuple[str | Path, ...], str] = {
+            (f"oci+http://{server.host}/nodes/x:v1",): "is it read-only",
+            (
+                f"oci://{site.basic.host}/nodes/x:v1",
+                *ours,
+                "--authfile",
+                "nobody.json",
+            ): "hint: log in with `skopeo login",
+            (f"oci://{site.basic.host}/nodes/x:v1", "--registry-ca", other.certificate): "name the registry's CA",
+            (f"oci://{site.mutual.host}/nodes/x:v1", *ours): "--registry-cert and --registry-key",
+            (f"oci://{site.plain.host}/nodes/x:v1",): "speaks plain http",
+            ("oci://127.0.0.1:9/nodes/x:v1",): "is the name right, and the registry up?",
+            (f"oci://{site.basic.host}/nodes/x",): "needs a tag",
+            (f"oci://{site.basic.host}/nodes/x@sha256:{'0' * 64}",): "needs a tag",
+            ("oci://nodes/x:v1",): "no registry in its name",
+            (f"oci://{site.basic.host}/nodes/x:v1", "--ca", other.certificate): "--registry-ca",
+            (f"oci://{site.basic.host}/nodes/x:v1", "--annotation", "version"): "is not KEY=VALUE",
+        }
+        for words, reason in cases.items():
+            ended = run("publish", image, "--manifest-key", "site.pub", "--to", *words)
+            assert ended.returncode in (1, 2) and reason in ended.stderr, (words, ended.stderr)
+            assert "Traceback" not in ended.stderr
+    unsigned = run("publish", image, "--to", f"oci://{site.basic.host}/nodes/x:v1")
+    assert unsigned.returncode == 1 and "no key is given" in unsigned.stderr
+    image.write_bytes(image.read_bytes() + b"x")
+    harmed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{site.basic.host}/nodes/x:v1")
+    assert harmed.returncode == 1 and "is not the image of" in harmed.stderr

@@ -121,7 +121,7 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
         with step(f"push {len(files)} files, {size / 1e6:.1f} MB, what is there left out"):
             skopeo.copy("oci:layout:new", here.source, what, *options, plain=here.plain)
         with step("read it back, and move the tag"):
-            for name in (str(entry["digest"]), *(file["manifest"] for file in files)):
+            for name in dict.fromkeys([str(entry["digest"]), *(file["manifest"] for file in files)]):
                 if skopeo.document(push.target.at(name), what) is None:
                     raise AnchorError(f"{what}: {name} is not there though it was pushed", "does something remove it?")
             # Somebody else may have published meanwhile.

@@ -8,15 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
+from anchor_build.container import unpacked
+from anchor_build.errors import AnchorError
 from anchor_build.files import file_digest
 from anchor_build.manifest import read_manifest
+from anchor_build.oci import Access
+from anchor_build.publish_oci import Push, parse_target, publish_oci
+from anchor_build.signing import read_public_keys
 from contrib.site import pki
 from contrib.site.registry import CONFIG, MANIFEST, PASSWORD, USER, Registry, registry
 from tests.integration.test_manifest_signing import make_key
@@ -31,6 +37,19 @@ pytestmark = pytest.mark.skipif(
 site, dash = stage.site, stage.dash
 
 Run = Callable[..., CompletedProcess[str]]
+
+
+@contextmanager
+def quiet(title: str, progress: Callable[[], str] | None = None) -> Iterator[None]:
+    """Show no step."""
+    yield
+
+
+@contextmanager
+def quiet_unpack(reference: str) -> Iterator[Path]:
+    """Unpack what is for one platform, whatever this host is."""
+    with unpacked(reference, f"--from {reference}", Access(), "linux/amd64", quiet) as container:
+        yield container.directory
 
 
 @pytest.fixture
@@ -142,13 +161,14 @@ def test_what_buildah_makes_is_what_buildah_mounts(run: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["up", "inner", "whiteout", "hard", "text", "short"])
-def test_layers_that_no_image_may_have_are_refused(run: Run, site: stage.Site, tmp_path: Path, name: str) -> None:
+def test_layers_that_no_image_may_have_are_refused(site: stage.Site, name: str) -> None:
     digest = push(site.plain, f"host/{name}", [Layer().directory("./").add("x"), stage.BAD_LAYERS[name][0]])
-    ended = run("image", "--from", f"http://{site.plain.host}/host/{name}@sha256:{digest}", "-o", "node.squashfs")
-    assert ended.returncode == 1
     reason = {"hard": "cannot be unpacked", "text": "no tar archive", "short": "no tar archive"}
-    assert reason.get(name, "leads out of the image") in ended.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["auth.json", "cache"]
+    with (
+        pytest.raises(AnchorError, match=reason.get(name, "leads out of the image")),
+        quiet_unpack(f"http://{site.plain.host}/host/{name}@sha256:{digest}"),
+    ):
+        pass
 
 
 def test_links_do_not_lead_a_layer_out_of_the_image(run: Run, site: stage.Site, tmp_path: Path) -> None:
@@ -185,21 +205,16 @@ def test_images_that_cannot_be_unpacked_say_why(run: Run, site: stage.Site, tmp_
         platform: "is for linux/s390x, and",
         type_: "not an image of 1 to 128 tar layers",
         diff: "diffid mismatch",
-        harmed: "does not match",
+        harmed: "sha256",
         f"http://{site.plain.host}/host/bad:v1": "nothing protects http://",
         f"{site.mutual.host}/host/bad:v1": "signed by unknown authority\nhint: name the registry's CA",
-        "127.0.0.1:9/host/bad": "connection refused\nhint: is the name right",
-        "bad:v1": "no registry in the name",
-        "docker://library/bad": "no registry in the name",
-        "registry.example/Bad": "its name is none",
-        "registry.example/bad:a b": "its tag is none",
-        "registry.example/bad@sha256:1": "its digest is not",
-        "user@registry.example/bad": "has a user in it",
     }
     for reference, reason in cases.items():
-        ended = run("image", "--from", reference, "-o", "node.squashfs", *(["--platform", "linux/amd64"]))
-        assert ended.returncode in (1, 2) and reason in ended.stderr, (reference, ended.stderr)
-        assert "Traceback" not in ended.stderr
+        with pytest.raises(AnchorError) as caught, quiet_unpack(reference):
+            pass
+        assert reason in f"{caught.value.message}\nhint: {caught.value.hint}", reference
+    ended = run("image", "--from", diff, "--platform", "linux/amd64", "-o", "node.squashfs")
+    assert ended.returncode == 1 and f"error: --from {diff}: cannot be unpacked" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auth.json", "cache"]
 
 
@@ -223,7 +238,7 @@ def uploads(server: Registry) -> int:
     return server.log.read_text().count('"PATCH /v2/')
 
 
-@pytest.mark.parametrize("how", ["mutual", "basic", "token"])
+@pytest.mark.parametrize("how", ["mutual", "token"])
 def test_a_published_image_is_what_the_node_mounts(
     run: Run, site: stage.Site, dash: stage.Node, image: Path, how: str
 ) -> None:
@@ -309,33 +324,21 @@ def test_what_is_newer_stays_and_the_way_back_is_told(run: Run, site: stage.Site
 
 def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, image: Path, tmp_path: Path) -> None:
     other = pki.make_authority(tmp_path / "other")
-    ours = ("--registry-ca", site.authority.certificate)
     (tmp_path / "nobody.json").write_text("{}")
+    nobody = Access(site.authority.certificate, authfile=tmp_path / "nobody.json")
+    key = read_public_keys([tmp_path / "site.pub"])
     with registry(tmp_path / "registry", storage=tmp_path / "storage", read_only=True) as server:
-        cases: dict[tuple[str | Path, ...], str] = {
-            (f"oci+http://{server.host}/nodes/x:v1",): "is it read-only",
-            (
-                f"oci://{site.basic.host}/nodes/x:v1",
-                *ours,
-                "--authfile",
-                "nobody.json",
-            ): "hint: log in with `skopeo login",
-            (f"oci://{site.basic.host}/nodes/x:v1", "--registry-ca", other.certificate): "name the registry's CA",
-            (f"oci://{site.mutual.host}/nodes/x:v1", *ours): "--registry-cert and --registry-key",
-            (f"oci://{site.plain.host}/nodes/x:v1",): "speaks plain http",
-            ("oci://127.0.0.1:9/nodes/x:v1",): "is the name right, and the registry up?",
-            (f"oci://{site.basic.host}/nodes/x",): "needs a tag",
-            (f"oci://{site.basic.host}/nodes/x@sha256:{'0' * 64}",): "needs a tag",
-            ("oci://nodes/x:v1",): "no registry in its name",
-            (f"oci://{site.basic.host}/nodes/x:v1", "--ca", other.certificate): "--registry-ca",
-            (f"oci://{site.basic.host}/nodes/x:v1", "--annotation", "version"): "is not KEY=VALUE",
+        cases = {
+            f"oci+http://{server.host}/nodes/x:v1": (Access(), "is it read-only"),
+            f"oci://{site.basic.host}/nodes/x:v1": (nobody, "log in with `skopeo login"),
+            f"oci://{site.basic.host}/nodes/y:v1": (Access(other.certificate), "name the registry's CA"),
+            f"oci://{site.mutual.host}/nodes/x:v1": (nobody, "--registry-cert and --registry-key"),
+            f"oci://{site.plain.host}/nodes/x:v1": (Access(), "speaks plain http"),
         }
-        for words, reason in cases.items():
-            ended = run("publish", image, "--manifest-key", "site.pub", "--to", *words)
-            assert ended.returncode in (1, 2) and reason in ended.stderr, (words, ended.stderr)
-            assert "Traceback" not in ended.stderr
-    unsigned = run("publish", image, "--to", f"oci://{site.basic.host}/nodes/x:v1")
-    assert unsigned.returncode == 1 and "no key is given" in unsigned.stderr
+        for to, (access, reason) in cases.items():
+            with pytest.raises(AnchorError) as caught:
+                publish_oci(Push(image, parse_target(to), key, access=access), quiet)
+            assert caught.value.message.startswith("--to ") and reason in caught.value.hint, caught.value
     image.write_bytes(image.read_bytes() + b"x")
     harmed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{site.basic.host}/nodes/x:v1")
     assert harmed.returncode == 1 and "is not the image of" in harmed.stderr

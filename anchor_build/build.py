@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anchor_build import __version__, cache, dracut, readback
+from anchor_build import __version__, cache, dracut, embed, readback
 from anchor_build.console import Step
 from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
@@ -21,6 +21,7 @@ from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
+from anchor_build.oci import Access
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
 from anchor_build.root import ENVIRONMENT, WORK, enter
@@ -62,6 +63,9 @@ class InitramfsBuild:
     # The dracut module that brings up the network, or "" for the core's choice; whether systemd runs in the initramfs.
     network: str = ""
     systemd: bool = True
+    # Container images for use after the boot, and what their registries want to see.
+    embedded: tuple[embed.Embedded, ...] = ()
+    access: Access = field(default_factory=Access)
     copy_kernel: bool = True
     compress: str | None = None
     # The SHA-256 of more inputs by their role: the profile.
@@ -104,14 +108,18 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
     seen = Observation(build) if use_cache else None
     modules = render_plan(build.plan)
     with disk_errors(), work_directory() as work, beside(build.output) as partial:
+        images, embedded = embed.pack(build.embedded, build.access, work, step) if build.embedded else (b"", [])
         with step("render the stages"):
             site = _site_files(build)
+            site |= {embed.FILE: images} if build.embedded else {}
             request = _prepare(build, installed, modules, site, work, partial)
         with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
             _run_dracut(build, installed, request, work, partial)
         with step("read the initramfs back"):
             initramfs = read_initramfs(partial, work)
             report = _verify(build, installed, modules, request, site, work, partial, initramfs)
+            report["embedded"] = embedded
+            report["warnings"] += filter(None, [embed.size_warning(len(images))])
         if seen is not None and (inputs := seen.finish(initramfs.members)) is not None:
             cache.keep(key, *inputs, report, partial.read_bytes())
         return _put_in_place(build, partial, report)

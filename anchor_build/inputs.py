@@ -79,6 +79,7 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
         "ca": build.ca.decode("latin-1"),
         "manifest": [[key.pem for key in build.manifest_keys], build.manifest_since],
         "drivers": [build.drivers, repr(build.driver_set)],
+        "embedded": [[image.name, image.digest, image.source] for image in build.embedded],
         "network": [build.network, build.systemd],
         "compress": build.compress,
         "inputs": dict(build.inputs),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from anchor_build.cpio import Initramfs, Member
 from anchor_build.dracut import NETWORKD
 from anchor_build.elf import needed_libraries
+from anchor_build.embed import FILE as IMAGES
 from anchor_build.kernel import Kernel
 from anchor_build.plan import Plan
 from anchor_build.render import HOOKS, NETWORK_FILE, RenderedModule, installed_files
@@ -113,7 +114,7 @@ def measure_stages(
     libraries: Callable[[Stage], Sequence[str]],
 ) -> Contents:
     """Say whose the bytes are; `libraries` names the shared libraries of a stage's programs."""
-    owners: dict[str, str] = {}
+    owners: dict[str, str] = {f"etc/anchor/{IMAGES}": "embedded images"}
     for stage in stages:
         for path in (*_claims(initramfs, stage, depends), *_found(initramfs, libraries(stage))):
             owners.setdefault(path, stage.id)

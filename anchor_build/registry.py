@@ -31,6 +31,7 @@ CORE_WORDS = frozenset(
         "finish",
         "http",
         "image",
+        "images",
         "info",
         "json",
         "keep",

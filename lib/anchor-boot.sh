@@ -224,6 +224,9 @@ anchor_boot_steps() {
         anchor_step manifest '' anchor_boot_manifest && anchor_manifest_use || return 1
     fi
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
+    if [ -e "${ANCHOR_ROOT:-}/etc/anchor/images.squashfs" ]; then
+        anchor_step images '' anchor_images_run || return 1
+    fi
     anchor_recall "$ANCHOR_RUN/steps/finish"
     case $anchor_recall in
         reboot | poweroff) return 0 ;;

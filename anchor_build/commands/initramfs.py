@@ -64,6 +64,14 @@ DRIVERS_HELP = (
     metavar="TIME|FILE",
     help="Nodes refuse manifests made before: a date (ISO 8601), seconds since the epoch, or a manifest of that time.",
 )
+@click.option(
+    "--embed-image",
+    "embed_images",
+    multiple=True,
+    metavar="NAME|FILE|DIR",
+    help="A container image for use after the boot, as --container takes it: nodes have it in /run/anchor/images. May"
+    " be repeated. Needs skopeo.",
+)
 @set_option("Bake in a parameter's default; KEY=@FILE takes the value from a file. May be repeated.")
 @click.option(
     "--drivers",
@@ -117,6 +125,7 @@ def command(
     ca: Path | None,
     manifest_keys: tuple[Path, ...],
     manifest_since: str | None,
+    embed_images: tuple[str, ...],
     settings: tuple[str, ...],
     drivers: str,
     add_drivers: tuple[str, ...],
@@ -141,10 +150,12 @@ def command(
       anchor-build initramfs --auth acme --image squashfs --add-drivers "mlx5_core ice" -o node.img
       anchor-build initramfs --image squashfs --sysroot /srv/node-root --for-image node.squashfs
       anchor-build initramfs --image squashfs --container node.oci.tar --drivers node.drivers
+      anchor-build initramfs --image squashfs --embed-image registry.example/tools/monitor:2.1
     """  # noqa: D301
     from anchor_build.build import InitramfsBuild, build_initramfs
     from anchor_build.container import opened
     from anchor_build.drivers import driver_set
+    from anchor_build.embed import resolve
     from anchor_build.kernel import check_image, find_kernel
     from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile
@@ -167,6 +178,7 @@ def command(
         found = find_kernel(kernel, modules, root)
         warnings = [check_image(found, for_image)] if for_image is not None else []
         bundle, warning = read_ca(ca, root)
+        embedded = resolve(embed_images, access, console.step)
         build = InitramfsBuild(
             plan=plan,
             kernel=found,
@@ -175,7 +187,12 @@ def command(
             settings=read_settings(plan, settings),
             manifest_keys=read_public_keys(manifest_keys),
             manifest_since=read_since(manifest_since) if manifest_since else None,
-            drivers=tuple(name for names in add_drivers for name in names.replace(",", " ").split()),
+            drivers=(
+                *(name for names in add_drivers for name in names.replace(",", " ").split()),
+                *(("squashfs",) if embedded else ()),
+            ),
+            embedded=embedded,
+            access=access,
             driver_set=driver_set(drivers),
             network=network or "",
             systemd=systemd,

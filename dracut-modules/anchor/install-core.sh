@@ -35,7 +35,7 @@ install_core() {
 install_site() {
     local etc="${ANCHOR_ETC:-${dracutsysrootdir-}/etc/anchor}" name
     mkdir -p "$initdir/etc/anchor"
-    for name in ca.pem params build-time manifest.pub manifest-since; do
+    for name in ca.pem params build-time manifest.pub manifest-since images.squashfs; do
         [[ ! -e $etc/$name ]] || inst_simple "$etc/$name" "/etc/anchor/$name" || exit 1
     done
     [[ -e $initdir/etc/anchor/build-time ]] ||

@@ -15,6 +15,7 @@ from anchor_build import cache, inputs
 from anchor_build.build import InitramfsBuild
 from anchor_build.cache import Inputs, digests, find, is_settled, keep, key_of, prune, size_limit, snapshot, unchanged
 from anchor_build.drivers import driver_set
+from anchor_build.embed import Embedded
 from anchor_build.errors import UsageError
 from anchor_build.kernel import Kernel
 from anchor_build.plan import make_plan
@@ -227,6 +228,7 @@ SAID: dict[str, Callable[[InitramfsBuild], InitramfsBuild]] = {
     "CA": lambda b: replace(b, ca=b"another CA"),
     "manifest keys": lambda b: replace(b, manifest_keys=(PublicKey("pem", "fingerprint"),)),
     "manifest-since": lambda b: replace(b, manifest_since=1),
+    "embedded images": lambda b: replace(b, embedded=(Embedded("x.example/x:1", "sha256:" + "0" * 64, "x.oci"),)),
     "kernel": lambda b: replace(b, kernel=replace(b.kernel, release="6.1.1")),
     "modules": lambda b: replace(b, kernel=replace(b.kernel, modules=Path("/elsewhere"))),
     "kernel image": lambda b: replace(b, kernel=replace(b.kernel, image=None)),

@@ -52,7 +52,8 @@ def place(source: Path, target: Path, seconds: int) -> None:
 
 def disk_hint(output: str) -> str:
     """Return what to do about a message of a full or closed disk, and nothing about others."""
-    if any(text in output for text in ("No space left on device", "Disk quota exceeded", "Out of space")):
+    # Programs in Go write them in lower case.
+    if re.search(r"no space left on device|disk quota exceeded|out of space", output, re.IGNORECASE):
         return f"make room where the output goes and in the cache, {cache_directory()} (XDG_CACHE_HOME names another)"
     if "Permission denied" in output:
         return "it may need root"

@@ -136,7 +136,9 @@ def went_in(root: Root, members: Iterable[str]) -> cache.Inputs:
         path = root.at("/" + member)
         if path.exists() and not path.is_dir():
             # the link, and what it leads to
-            files |= {str(root.directory / member), str(path.resolve() if root.is_host else path)}
+            target = path.resolve() if root.is_host else path
+            # What /etc/mtab leads to is another file for each process, as new as that.
+            files |= {str(root.directory / member)} | (set() if target.is_relative_to("/proc") else {str(target)})
             lists.add(str(path.parent))
     return cache.Inputs(frozenset(), frozenset(lists), frozenset(files))
 

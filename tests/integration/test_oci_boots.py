@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def test_a_node_boots_tar_layers_from_a_registry(site: Site, build_initramfs: Bu
     ):
         digest = push(plain, "nodes/demo", [tar.read_bytes(), change], ("zstd",))
         tar.unlink()
-        initrd = build_initramfs("--image", "oci", "--set", f"rd.anchor.oci.password=@{secret}")
+        embedded = push(plain, "tools/monitor", [Layer().directory("./").add("monitor", b"embedded")])
+        name = f"{plain.host}/tools/monitor:v1"
+        words = ("--set", f"rd.anchor.oci.password=@{secret}", "--embed-image", f"http://{name}@sha256:{embedded}")
+        initrd = build_initramfs("--image", "oci", *words)
+        assert (
+            json.loads(initrd.with_name("node.img.json").read_bytes())["embedded"][0]["digest"] == f"sha256:{embedded}"
+        )
         append = (
             f"root=anchor rd.anchor.oci.image=10.0.2.2:{server.port}/nodes/demo:v1@sha256:{digest} "
             f"rd.anchor.oci.user={USER} rd.anchor.on_failure=poweroff"
@@ -56,5 +63,12 @@ def test_a_node_boots_tar_layers_from_a_registry(site: Site, build_initramfs: Bu
             assert node.host.file("/usr/bin/env").mode == 0o755
             assert node.host.check_output("ls -A /usr/share/doc; touch /written && stat -c %U /etc") == "root"
             assert not node.host.file("/run/anchor/oci").exists
+            # What came in the initramfs is there, though the file that it was in has gone with it.
+            layout = json.loads(node.host.file("/run/anchor/images/index.json").content_string)
+            entry = layout["manifests"][0]
+            assert entry["annotations"]["org.opencontainers.image.ref.name"] == name
+            blobs = "cd /run/anchor/images/blobs/sha256 && for f in *; do printf '%s  %s\\n' $f $f; done | sha256sum -c"
+            assert node.host.check_output(blobs).count(": OK") == 3
+            assert f"{embedded}: OK" in node.host.check_output(blobs)
             logs = node.host.check_output("journalctl -b --no-pager -q; cat /run/anchor/boot.log /run/anchor/boot.json")
             assert PASSWORD not in logs

@@ -25,7 +25,7 @@ TOOLS = (
 )
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
-BUILDAH = Binary("buildah", "buildah", "buildah")
+CONTAINERS = (Binary("skopeo", "skopeo", "skopeo"), Binary("umoci", "umoci", "umoci"))
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -56,7 +56,7 @@ def examine(plan: Plan) -> list[Finding]:
             _program("--sysroot", Binary(name, "util-linux", "util-linux"), needed=False)
             for name in ("unshare", "setpriv")
         ),
-        _program("--container", BUILDAH, needed=False),
+        *(_program("container images", binary, needed=False) for binary in CONTAINERS),
         _root(),
         _work_space(),
     ]

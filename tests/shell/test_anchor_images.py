@@ -31,7 +31,7 @@ def baked(shell: Shell) -> Path:
 def test_images_outlive_the_file_that_they_are_in(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "layout").mkdir()
     (tmp_path / "layout/index.json").write_text("{}\n")
-    argv = ["mksquashfs", tmp_path / "layout", baked(shell), "-quiet", "-no-progress"]
+    argv: list[str | Path] = ["mksquashfs", tmp_path / "layout", baked(shell), "-quiet", "-no-progress"]
     subprocess.run(argv, check=True, capture_output=True, timeout=60)
     script = """
     anchor_images_run && anchor_images_run && rm "$ANCHOR_ROOT/etc/anchor/images.squashfs" || exit 1

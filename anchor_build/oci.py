@@ -38,6 +38,8 @@ TIMEOUT = 4 * 3600.0
 # Registries and lib/anchor-oci.sh have this limit, too.
 DOCUMENT_MAX = 4 << 20
 LOGIN = "log in with `skopeo login REGISTRY`, or name the file that has the login with --authfile"
+# How registries say that there is no such image: Distribution, Harbor, and those that only have a status.
+MISSING = r"manifest unknown|name unknown|(artifact|repository|manifest)\b.* not found|status code.* 404"
 # What skopeo and registries say, and what helps there. The first that fits counts.
 HINTS = (
     (r"no space left on device|disk quota exceeded", ""),
@@ -223,7 +225,7 @@ def explained(what: str, said: str) -> AnchorError:
     found = re.findall(r'level=fatal msg="((?:[^"\\]|\\.)*)"', said)
     reason = printable(found[-1].replace('\\"', '"').replace("\\n", " ") if found else said.strip()[-600:])
     hint = next((text for pattern, text in HINTS if re.search(pattern, reason, re.IGNORECASE)), "")
-    kind = MissingError if re.search(r"manifest unknown|name unknown| 404", reason) else AnchorError
+    kind = MissingError if re.search(MISSING, reason) else AnchorError
     return kind(f"{what}: {reason}", hint or disk_hint(reason))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 
 from anchor_build.container import unpacked
-from anchor_build.errors import AnchorError
+from anchor_build.embed import pack, resolve
+from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import file_digest
 from anchor_build.manifest import read_manifest
 from anchor_build.oci import Access
@@ -342,3 +344,51 @@ def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, imag
     image.write_bytes(image.read_bytes() + b"x")
     harmed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{site.basic.host}/nodes/x:v1")
     assert harmed.returncode == 1 and "is not the image of" in harmed.stderr
+
+
+# --- Images in an initramfs -------------------------------------------------------------------------------
+
+
+def test_images_to_embed_are_pinned_and_can_be_taken_out(site: stage.Site, tmp_path: Path) -> None:
+    access = Access(site.authority.certificate, site.node.certificate, site.node.key)
+    digest = push(site.plain, "tools/one", [Layer().directory("./").add("one", os.urandom(50_000))], ("zstd",))
+    other = push(site.plain, "tools/two", [Layer().directory("./").add("two", b"2")], ("",))
+    names = [f"{site.mutual.host}/tools/{name}:v1" for name in ("one", "two")]
+    images = resolve(names, access, quiet)
+    assert [(image.name, image.digest) for image in images] == list(
+        zip(names, (f"sha256:{digest}", f"sha256:{other}"), strict=True)
+    )
+    # What the tag is later does not matter.
+    push(site.plain, "tools/one", [Layer().add("moved")])
+    packed = []
+    for number in (1, 2):
+        work = tmp_path / str(number)
+        work.mkdir()
+        content, rows = pack(images, access, work, quiet)
+        packed.append(content)
+        assert [row["manifest"] for row in rows] == [f"sha256:{digest}", f"sha256:{other}"]
+    assert packed[0] == packed[1]
+    (tmp_path / "images").write_bytes(packed[0])
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "layout", tmp_path / "images"], check=True, timeout=60)
+    storage = f"containers-storage:[vfs@{tmp_path}/storage+{tmp_path}/run]{names[0]}"
+    for argv in (["copy", f"oci:{tmp_path}/layout:{names[0]}", storage], ["inspect", storage]):
+        subprocess.run(["skopeo", *argv], check=True, capture_output=True, timeout=60)
+
+
+def test_images_that_cannot_be_embedded_say_why(site: stage.Site, tmp_path: Path) -> None:
+    access = Access(site.authority.certificate, site.node.certificate, site.node.key)
+    push(site.plain, "tools/one", [Layer().directory("./").add("one", b"1")])
+    name = f"{site.mutual.host}/tools/one:v1"
+    cases = {
+        f"{site.mutual.host}/tools/one:never": "has no such image or tag",
+        f"{site.mutual.host}/tools/one@sha256:{'0' * 64}": "has no such image or tag",
+        "tools/one:v1": "no registry in the name",
+    }
+    for reference, reason in cases.items():
+        with pytest.raises(AnchorError, match=reason):
+            resolve([reference], access, quiet)
+    with pytest.raises(UsageError, match="is there twice"):
+        resolve([name, name], access, quiet)
+    gone = replace(resolve([name], access, quiet)[0], source=f"{name}@sha256:{'0' * 64}")
+    with pytest.raises(AnchorError, match="manifest unknown"):
+        pack([gone], access, tmp_path, quiet)

@@ -124,6 +124,14 @@ def test_what_a_registry_says_comes_with_what_to_do(said: str, hint: str) -> Non
     assert error.message == f"--to x: {said}" and hint in error.hint
 
 
+@pytest.mark.parametrize(
+    "said", ["name unknown: x", "unknown: repository nodes/x not found", "artifact x:v1 not found"]
+)
+def test_registries_have_several_ways_to_say_that_there_is_none(said: str) -> None:
+    assert isinstance(explained("x", f'level=fatal msg="{said}"'), MissingError)
+    assert not isinstance(explained("x", 'level=fatal msg="executable file not found"'), MissingError)
+
+
 def test_an_image_that_is_not_there_is_told_apart() -> None:
     text = 'level=fatal msg="reading manifest v1 in \\"x\\": manifest unknown\\nx\x1b[31m"'
     assert isinstance(explained("x", text), MissingError)

@@ -229,8 +229,9 @@ def _unpack(work: Path, manifest: dict[str, Any], config: Mapping[str, Any], wha
     entry = {"mediaType": MANIFEST, **add_blob(layout, json_bytes(manifest))}
     write_layout(layout, {"image": entry})
     try:
-        # It compares the digests of layers with those in manifest and configuration.
-        run(["umoci", "raw", "unpack", "--image", "layout:image", "root"], cwd=work, timeout=TIMEOUT)
+        # It compares the digests of layers with those in manifest and configuration. What no layer has an entry for
+        # must not depend on who builds.
+        run(["umoci", "raw", "unpack", "--image", "layout:image", "root"], cwd=work, umask=0o022, timeout=TIMEOUT)
     except ProcessError as error:
         said = printable(error.tail.rpartition(FAILED)[2].strip()[-600:])
         raise AnchorError(f"{what}: cannot be unpacked: {said}", disk_hint(said) or "publish the image again") from None

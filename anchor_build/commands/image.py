@@ -92,6 +92,7 @@ def command(
       anchor-build image node.tar --sign-key "pkcs11:token=site;object=manifest;type=private" --url https://store/el9/
       anchor-build image node.squashfs --sign-key manifest.key --valid-for 30d
     """  # noqa: D301
+    from anchor_build.container import TRANSPORTS
     from anchor_build.distribution import VARIANTS, Distribution, known_packages, known_sources
     from anchor_build.files import disk_errors
     from anchor_build.image import ImageBuild, build_image, image_format
@@ -124,7 +125,8 @@ def command(
     kind = format_ or ready or ("erofs" if output and output.suffix in (".erofs", ".ero") else "squashfs")
     if output is None:
         if container is not None:
-            name = container.partition("@")[0].rpartition("/")[2].partition(":")[0].split(".tar")[0]
+            place = container.partition(":")[2] if container.startswith(TRANSPORTS) else container
+            name = place.partition("@")[0].rpartition("/")[2].partition(":")[0].split(".tar")[0]
         else:
             name = source.resolve().name.split(".tar")[0] if source else str(distribution).replace(":", "-")
         if not name:

@@ -313,15 +313,19 @@ def test_a_set_has_one_tag_for_node_and_boot_server(
     assert (tmp_path / "got" / report["files"][2]["sha256"]).read_bytes() == b"initramfs"
 
 
-def test_what_is_newer_stays_and_the_way_back_is_told(run: Run, site: stage.Site, image: Path) -> None:
-    words = ("publish", image, "--manifest-key", "site.pub", "--to", f"oci+http://{site.plain.host}/nodes/newer:v1")
-    first = run(*words, "--json", SOURCE_DATE_EPOCH="1790000000")
-    digest = json.loads(first.stdout)["digest"]
-    older = run(*words, SOURCE_DATE_EPOCH="1780000000")
-    assert older.returncode == 1
-    assert "is there already, and newer: of 2026-09-21T14:13:20Z" in older.stderr
-    newer = run(*words, SOURCE_DATE_EPOCH="1795000000")
-    assert newer.returncode == 0 and f"was {digest}" in newer.stderr, newer.stderr
+def test_what_is_newer_stays_and_the_way_back_is_told(
+    site: stage.Site, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = parse_target(f"oci+http://{site.plain.host}/nodes/newer:v1")
+    push_ = Push(image, target, read_public_keys([tmp_path / "site.pub"]))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1790000000")
+    digest = publish_oci(push_, quiet)["digest"]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1780000000")
+    with pytest.raises(AnchorError, match="is there already, and newer: of 2026-09-21T14:13:20Z"):
+        publish_oci(push_, quiet)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1795000000")
+    report = publish_oci(push_, quiet)
+    assert report["previous"] == digest != report["digest"]
 
 
 def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, image: Path, tmp_path: Path) -> None:

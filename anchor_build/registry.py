@@ -55,6 +55,7 @@ CORE_WORDS = frozenset(
         "recall",
         "registry",
         "reject",
+        "remove",
         "report",
         "root",
         "run",

@@ -124,6 +124,21 @@ $anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
         "someone changed the file, or the digest is of another version"
 }
 
+# usage: anchor_fetch_mirrors URL LIST
+# Sets anchor_fetch_urls: what a stage was given as the place of a file and as its mirrors (with commas between), with
+# blanks between, as anchor_fetch takes them. Either may be empty.
+anchor_fetch_mirrors() {
+    local rest="$2"
+    anchor_fetch_urls=$1
+    while [ -n "$rest" ]; do
+        anchor_fetch_urls="$anchor_fetch_urls${anchor_fetch_urls:+ }${rest%%,*}"
+        case $rest in
+            *,*) rest=${rest#*,} ;;
+            *) rest='' ;;
+        esac
+    done
+}
+
 # usage: anchor_fetch_plain URL
 # Sets anchor_fetch_url: URL without what may be secret in it (user, password, query, fragment), fit for a log.
 anchor_fetch_plain() {

@@ -13,17 +13,15 @@ ANCHOR_DISK_ANSWER_S=300
 # usage: anchor_disk_run
 # Sees to it that the wanted image is on the disk, and says how the boot goes on. Safe to repeat.
 anchor_disk_run() {
-    local anchor_disk__dir="${ANCHOR_ROOT:-}/run/anchor/disk" anchor_registry_user='' anchor_registry_password='' urls rest="$anchor_disk_mirrors" sha256="$anchor_disk_sha256" size=''
-    # rd.debug traces every command with its values, and a URL may hold a password.
-    { set +x; } 2>/dev/null
-    urls=$anchor_disk_url
-    while [ -n "$rest" ]; do
-        urls="$urls${urls:+ }${rest%%,*}"
-        case $rest in
-            *,*) rest=${rest#*,} ;;
-            *) rest='' ;;
-        esac
-    done
+    anchor_untraced anchor_disk__run
+}
+
+# usage: anchor_disk__run
+# The same, traced: a URL may hold a password.
+anchor_disk__run() {
+    local anchor_disk__dir="${ANCHOR_ROOT:-}/run/anchor/disk" anchor_registry_user='' anchor_registry_password='' urls sha256="$anchor_disk_sha256" size=''
+    anchor_fetch_mirrors "$anchor_disk_url" "$anchor_disk_mirrors"
+    urls=$anchor_fetch_urls
     if [ -n "${anchor_manifest_urls:-}" ]; then
         urls=$anchor_manifest_urls
         sha256=$anchor_manifest_sha256

@@ -20,9 +20,13 @@ ANCHOR_OCI_COMPRESSION=lz4
 # Reads this stage's parameters. Leaves /run/anchor/image, complete and read-only. Safe to repeat. On failure it
 # unmounts everything, which frees the memory.
 anchor_oci_run() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image" work="${ANCHOR_ROOT:-}/run/anchor/oci" references rest="$anchor_oci_mirrors" status
-    # rd.debug traces every command with its values; credentials must not get into a log.
-    { set +x; } 2>/dev/null
+    anchor_untraced anchor_oci__run
+}
+
+# usage: anchor_oci__run
+# The same, traced: it handles credentials.
+anchor_oci__run() {
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" work="${ANCHOR_ROOT:-}/run/anchor/oci" references rest status
     if [ -n "${anchor_manifest_urls:-}" ]; then
         anchor_fail "the manifest names the image stage oci, which has manifests of its own" \
             "give rd.anchor.oci.image= with a digest instead of rd.anchor.manifest="
@@ -31,14 +35,8 @@ anchor_oci_run() {
     anchor_registry_user=$anchor_oci_user
     anchor_registry_password=$anchor_oci_password
     anchor_registry_proxy=$anchor_oci_proxy
-    references=$anchor_oci_image
-    while [ -n "$rest" ]; do
-        references="$references ${rest%%,*}"
-        case $rest in
-            *,*) rest=${rest#*,} ;;
-            *) rest='' ;;
-        esac
-    done
+    anchor_fetch_mirrors "$anchor_oci_image" "$anchor_oci_mirrors"
+    references=$anchor_fetch_urls
     # An earlier try left it, complete.
     anchor_recall "$dir/of"
     if [ "$anchor_recall" = "$references $anchor_oci_platform" ] && anchor_oci__mounted "$dir"; then

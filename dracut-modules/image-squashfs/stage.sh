@@ -16,15 +16,9 @@ anchor_squashfs_run() {
 # usage: anchor_squashfs__run
 # The same, traced: a URL may hold a password.
 anchor_squashfs__run() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" rest="$anchor_squashfs_mirrors" status
-    urls=$anchor_squashfs_url
-    while [ -n "$rest" ]; do
-        urls="$urls${urls:+ }${rest%%,*}"
-        case $rest in
-            *,*) rest=${rest#*,} ;;
-            *) rest='' ;;
-        esac
-    done
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" status
+    anchor_fetch_mirrors "$anchor_squashfs_url" "$anchor_squashfs_mirrors"
+    urls=$anchor_fetch_urls
     if [ -n "${anchor_manifest_urls:-}" ]; then
         urls=$anchor_manifest_urls
         sha256=$anchor_manifest_sha256

@@ -326,7 +326,8 @@ anchor_rsync__no_stream() {
     local needs
     anchor_fetch_amount "$size"
     needs=$anchor_fetch_amount
-    anchor_fetch_amount "$anchor_fetch_memory"
+    # Less may be left than shall stay free.
+    anchor_fetch_amount $((anchor_fetch_memory > 0 ? anchor_fetch_memory : 0))
     anchor_fail "rsync cannot stream $anchor_fetch_url: it keeps the file in memory, which has room for $anchor_fetch_amount of $needs" \
         "serve it over https, s3 or nfs, which stream, or give the node more memory"
 }

@@ -18,6 +18,7 @@ import pytest
 from contrib.site import servers
 from tests.shell.conftest import LIB, SHELLS, Shell
 from tests.shell.downloads import DATA, DIGEST, OTHER, Downloader, limits, loop
+from tests.stages import disk_node
 
 pytestmark = pytest.mark.slow
 
@@ -400,3 +401,15 @@ def test_a_silent_server_is_bounded(dash: Node, scheme: str) -> None:
             silent.terminate()
     assert dash.failed(done, "gave up", attempts=1)
     assert time.monotonic() - start < 30
+
+
+def test_the_image_of_a_disk_comes_by_rsync_where_it_fits_into_memory(site: Site, tmp_path: Path) -> None:
+    (site.www / "disk.img").write_bytes(disk_node.IMAGE)
+    given = {"disk_url": site.url("disk.img"), "disk_sha256": disk_node.sha256(disk_node.IMAGE)}
+    given |= {"rsync_password": "", "rsync_host_key": "", "rsync_ssh_key": ""}
+    for node in disk_node.prepared("dash", tmp_path):
+        # rsync writes to a file of its own first, whatever takes the bytes then.
+        done = node.run(**given, fetch_reserve=str(1 << 50))
+        assert node.refused(done, "rsync cannot stream", "room for 0 bytes of 12.0 MiB")
+        assert not any(node.file.read_bytes())
+        assert node.installed(node.run(**given))

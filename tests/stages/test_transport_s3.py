@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import shutil
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,8 +15,8 @@ from contrib.site import pki
 from tests.shell import conftest as shells
 from tests.shell.conftest import Shell
 from tests.shell.downloads import DATA, DIGEST, OTHER
+from tests.stages import disk_node, https_node, s3_node
 from tests.stages import hostile_http as fake
-from tests.stages import https_node, s3_node
 from tests.stages.hostile_http import hostile
 from tests.stages.s3_node import DOMAIN, KEYS, STAGE, S3Node, S3Site, presigned
 from tests.stages.test_transport_https import recording_curl
@@ -304,3 +306,18 @@ def test_a_presigned_url_goes_from_a_kernel_command_line_to_the_service(s3: S3No
     assert "X-Amz" not in done.stderr
     late = node.fetch(presigned(s3_site.s3, "images", "a b+c.img", lifetime_s=300).replace("a%20b", "b"))
     assert node.failed(late, "status 403: this node may not have it")
+
+
+def test_the_image_of_a_disk_streams_out_of_a_bucket(s3_site: S3Site, tmp_path: Path) -> None:
+    packed = gzip.compress(disk_node.IMAGE, 1)
+    s3_site.put("disk.img.gz", packed)
+    s3 = s3_site.s3
+    given = {"s3_endpoint": s3.endpoint, "s3_region": s3.region, "s3_style": "", "s3_proxy": "", "s3_session_token": ""}
+    given |= {"s3_access_key": s3.access_key, "s3_secret_key": s3.secret_key}
+    for node in disk_node.prepared("dash", tmp_path):
+        shutil.copy(s3_site.authority.certificate, node.shell.root / "etc/anchor/ca.pem")
+        s3_site.requests()
+        done = node.run(disk_url="s3://images/disk.img.gz", disk_sha256=hashlib.sha256(packed).hexdigest(), **given)
+        assert node.installed(done)
+        # In one request, and what came was never a file on the node.
+        assert s3_site.requests() == ["GET /images/disk.img.gz 200"]

@@ -277,7 +277,7 @@ def _switch_root(value: Mapping[str, Any]) -> SwitchRoot:
 
 
 def _finished(value: Mapping[str, Any]) -> Finished:
-    return Finished(_milliseconds(value, "at_ms"), _choice(value, "action", ("reboot", "poweroff")))
+    return Finished(_milliseconds(value, "at_ms"), _choice(value, "action", ("reboot", "poweroff", "kexec")))
 
 
 def _ready(value: Mapping[str, Any]) -> Ready:

@@ -154,7 +154,7 @@ anchor_boot_finish() {
     anchor_recall "$ANCHOR_RUN/steps/finish"
     action=$anchor_recall
     case $action in
-        reboot) key=b ;;
+        reboot | kexec) key=b ;;
         poweroff) key=o ;;
         *) return 0 ;;
     esac
@@ -171,6 +171,7 @@ anchor_boot_finish() {
     anchor_event_show "$1"
     # A terminal's last line leaves it after the write has returned.
     sleep 1
+    [ "$action" != kexec ] || kexec -e || anchor_warn "the kernel did not start the other one: it reboots instead"
     while :; do
         anchor_boot_sysrq "$key"
     done
@@ -229,7 +230,7 @@ anchor_boot_steps() {
     fi
     anchor_recall "$ANCHOR_RUN/steps/finish"
     case $anchor_recall in
-        reboot | poweroff) return 0 ;;
+        reboot | poweroff | kexec) return 0 ;;
         root)
             anchor_step root "image/$anchor_image" "anchor_${anchor_image}_root" "${NEWROOT:-/sysroot}"
             return

@@ -138,9 +138,9 @@ anchor_note_number() {
     [ -z "${anchor_step_dir:-}" ] || anchor_keep "$anchor_step_dir/number-$1" "${digits:+$sign}${digits:-0}"
 }
 
-# usage: anchor_finish reboot|poweroff|root
+# usage: anchor_finish reboot|poweroff|kexec|root
 # For an image stage: the boot does not go on with a mounted image and an overlay. It ends with a reboot or power off, or
-# the stage mounts the root itself (anchor_<stage>_root DIR).
+# with the kernel that the stage has loaded (`kexec -l`), or the stage mounts the root itself (anchor_<stage>_root DIR).
 anchor_finish() {
     anchor_keep "$ANCHOR_RUN/steps/finish" "$1"
 }

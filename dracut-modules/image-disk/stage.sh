@@ -38,6 +38,9 @@ anchor_disk__run() {
             return 1
             ;;
     esac
+    case $anchor_disk_then:$anchor_disk_installed in
+        *kexec*) anchor_disk__kexec_possible || return 1 ;;
+    esac
     if ! rm -rf "${anchor_disk__dir:?}" || ! mkdir -m 700 "$anchor_disk__dir"; then
         anchor_fail "cannot write to $anchor_disk__dir" "is /run full?"
         return 1
@@ -107,9 +110,10 @@ anchor_disk__fetch() {
     fi
 }
 
-# usage: anchor_disk__finish reboot|poweroff|boot
+# usage: anchor_disk__finish reboot|poweroff|boot|kexec
 anchor_disk__finish() {
     case $1 in
+        kexec) anchor_disk__kexec && anchor_finish kexec ;;
         boot)
             anchor_keep "$anchor_disk__dir/boot" "$anchor_disk__name"
             anchor_finish root

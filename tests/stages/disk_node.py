@@ -42,7 +42,7 @@ LOAD = r"""
 for lib in report types params fetch http stream oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGES/transport-s3/anchor-s3.sh" || exit 9
 for transport in https file s3 rsync; do . "$STAGES/transport-$transport/stage.sh" || exit 9; done
-. "$STAGES/image-disk/anchor-disk.sh" && . "$STAGES/image-disk/stage.sh" || exit 9
+for file in anchor-disk anchor-disk-kexec stage; do . "$STAGES/image-disk/$file.sh" || exit 9; done
 anchor_step_dir=$ANCHOR_RUN/steps/10
 ANCHOR_DISK_CHUNK=1048576
 anchor_stage_for_scheme() {

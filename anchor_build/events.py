@@ -75,7 +75,7 @@ class SwitchRoot:
 
 @dataclass(frozen=True)
 class Finished:
-    """The node has done what it was booted for without a root, and reboots or powers off (`action`)."""
+    """The node has done what it was booted for without a root; `action` is what follows: reboot, poweroff or kexec."""
 
     at_ms: int
     action: str

@@ -466,6 +466,21 @@ def test_an_image_stage_may_end_the_boot_as_a_success(node: Shell, run: Run, wor
     assert [call for call in calls(node) if call.startswith(("mount", "overlay"))] == []
 
 
+@pytest.mark.parametrize(("works", "status", "key"), [(True, 6, ""), (False, 7, "b")])
+def test_an_image_stage_may_end_the_boot_with_another_kernel(
+    node: Shell, run: Run, works: bool, status: int, key: str
+) -> None:
+    stage = node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh"
+    stage.write_text("anchor_squashfs_run() { stand_in image; anchor_finish kexec; }\n")
+    kexec = 'kexec() { [ "$*" = -e ] && exit 6; }' if works else "kexec() { return 1; }"
+    script = f'anchor_boot_load; anchor_boot_sysrq() {{ printf "%s" "$1"; exit 7; }}\n{kexec}\n'
+    done = run(f"{script}anchor_boot_cmdline && anchor_boot_main")
+    assert (done.returncode, done.stdout) == (status, key), done.stderr
+    assert "done what it was booted for; next: kexec" in done.stderr
+    assert works or "it reboots instead" in done.stderr
+    assert report(node)["result"] == "ok"
+
+
 def test_an_image_stage_may_mount_the_root_itself(node: Shell, run: Run) -> None:
     stage = node.root / "usr/lib/anchor/stages/image/10-squashfs/stage.sh"
     stage.write_text('anchor_squashfs_run() { anchor_finish root; }\nanchor_squashfs_root() { stand_in root "$@"; }\n')

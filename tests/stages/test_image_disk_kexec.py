@@ -1,5 +1,6 @@
-"""image disk: which kernel of an installed disk kexec starts, and with what. kexec itself is a stand-in: a node's boot
-in tests/integration/test_node_disk.py has the real one.
+"""image disk: which kernel of an installed disk kexec starts, and with what.
+
+kexec itself is a stand-in: a boot in tests/integration/test_node_disk.py has the real one.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ FAILED = {
         (json.dumps(FAILED), Failed("auth", "acme", "no", "try", "shell")),
         ('{"event":"switch_root","at_ms":19200}', SwitchRoot(19200)),
         ('{"event":"finished","action":"reboot","at_ms":5}', Finished(5, "reboot")),
+        ('{"event":"finished","action":"kexec","at_ms":5}', Finished(5, "kexec")),
         ('{"event":"ready","at_ms":7,"boot":{"steps":[1,null,true]}}', Ready(7, {"steps": [1, None, True]})),
         ('{"event":"switch_root","at_ms":1,"later":"addition"}', SwitchRoot(1)),
         ('login: {"event":"switch_root","at_ms":1}', SwitchRoot(1)),
@@ -94,7 +95,7 @@ def test_each_event_is_parsed(line: str, event: Event) -> None:
         (json.dumps(END | {"result": "perhaps"}).encode(), "result is none of ok, failed"),
         (json.dumps(END | {"result": ["ok"]}).encode(), "result is none of ok, failed"),
         (json.dumps(END | {"x": {}}).encode(), "a note is neither a string nor a whole number"),
-        (b'{"event":"finished","action":"sh","at_ms":5}', "action is none of reboot, poweroff"),
+        (b'{"event":"finished","action":"sh","at_ms":5}', "action is none of reboot, poweroff, kexec"),
         (json.dumps(FAILED | {"on_failure": "sh"}).encode(), "on_failure is none of shell, reboot, poweroff"),
     ],
 )

@@ -10,7 +10,7 @@ from anchor_build import paramtypes
 from anchor_build.cmdline import COMMAND_LINE_MAX, Word, split
 from anchor_build.plan import Plan, chooses_absent
 from anchor_build.settings import Setting, unknown_parameter
-from anchor_build.stage import PREFIX, Param, Stage
+from anchor_build.stage import PREFIX, Param, Stage, missing_of
 
 MANIFEST = f"{PREFIX}manifest"
 BESIDE_MANIFEST = f"is not for a boot with {MANIFEST}=, which says what to boot: give one of the two"
@@ -73,6 +73,7 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = (), *, 
         if stage is not None:
             state.chosen[kind] = stage.name
             _require(state, stage)
+            _require_one(state, stage)
     _warn_of_unused(state)
     return CheckResult(tuple(state.errors), tuple(state.warnings), state.chosen, state.values)
 
@@ -130,8 +131,13 @@ def _choose(state: _Check, kind: str) -> Stage | None:
             names = ", ".join(stage.name for stage in stages)
             state.errors.append(f"{PREFIX}{kind}: names no {kind} stage of this initramfs, which has: {names}")
         return named
-    complete = (s for s in stages if all(state.values[p.key] for p in s.params if p.required))
+    complete = (s for s in stages if _is_complete(state, s))
     return next(complete, stages[0] if stages else None)
+
+
+def _is_complete(state: _Check, stage: Stage) -> bool:
+    places = [state.values[param.key] for param in stage.places]
+    return all(state.values[param.key] for param in stage.params if param.required) and (any(places) or not places)
 
 
 def _require(state: _Check, stage: Stage) -> None:
@@ -142,6 +148,14 @@ def _require(state: _Check, stage: Stage) -> None:
         if param.source and value:
             for url in value.split(",") if param.type == "list" else [value]:
                 _check_source(state, stage, param, url)
+
+
+def _require_one(state: _Check, stage: Stage) -> None:
+    """Check that exactly one of the parameters is given that exclude each other."""
+    given = [param.key for param in stage.places if state.values[param.key] or _was_wrong(state, param)]
+    state.errors += [f"{key}: is given beside {given[0]}: give one of the two" for key in given[1:]]
+    if stage.places and not given:
+        state.errors.append(f"{stage.places[0].key}: {missing_of(stage)}")
 
 
 def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:
@@ -162,6 +176,7 @@ def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:
         sources = [param for param in stage.params if param.source]
         keys = {param.key for param in sources}
         keys |= {p.key for p in stage.params if p.name in {param.digest for param in sources}}
+        keys |= {param.key for param in stage.places}
         state.errors += [f"{key}: {BESIDE_MANIFEST}" for key in sorted(keys) if state.values[key]]
 
 

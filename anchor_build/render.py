@@ -17,7 +17,7 @@ from anchor_build.errors import AnchorError
 from anchor_build.plan import DEFAULTS, Plan, chooses_absent
 from anchor_build.registry import data_directory, find_lib
 from anchor_build.settings import SYSTEM_BUNDLES
-from anchor_build.stage import DECLARATION, Param, Stage, is_promised, shell_word
+from anchor_build.stage import DECLARATION, Param, Stage, is_promised, missing_of, shell_word
 
 if TYPE_CHECKING:
     import jinja2
@@ -163,6 +163,8 @@ def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
         "stage": stage,
         "word": f"{stage.kind}_{stage.word}",
         "required": [param for param in stage.params if param.required],
+        "places": stage.places,
+        "missing": missing_of(stage),
         "sources": [param for param in stage.params if param.source],
         "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
         "choosers": [(name, chooses_absent(asked)) for name, asked in sorted(choosers.items())],

@@ -122,6 +122,7 @@ class Stage:
     binaries: tuple[Binary, ...] = ()
     files: tuple[StageFile, ...] = ()
     params: tuple[Param, ...] = ()
+    one_of: tuple[str, ...] = ()
 
     @property
     def is_core(self) -> bool:
@@ -154,9 +155,23 @@ class Stage:
         return self.directory / SCRIPT
 
     @property
+    def places(self) -> tuple[Param, ...]:
+        """The parameters of which exactly one has to be given, in the order in which a message names them."""
+        params = {param.name: param for param in self.params}
+        return tuple(params[name] for name in self.one_of)
+
+    @property
     def fetches(self) -> bool:
         """Whether a transport must be beside it: one of its parameters is a URL that the node fetches."""
         return any(param.source for param in self.params)
+
+
+def missing_of(stage: Stage) -> str:
+    """Say, of the first of `places`, that none of them is given; empty where a stage has no such parameters."""
+    if not stage.places:
+        return ""
+    others = [param.key for param in stage.places[1:]]
+    return f"is required by the stage {stage.name}, or instead of it {' or '.join(others)}"
 
 
 class _Table:
@@ -277,6 +292,7 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
         conflicts=header.texts("conflicts", NAME),
         refused=header.texts("refused", ALIAS),
         obsoletes=header.texts("obsoletes", RPM_RELATION),
+        one_of=header.texts("one_of", PARAM_NAME),
         binaries=tuple(_read_binary(table) for table in header.tables("binaries")),
         files=tuple(_read_file(table) for table in top.tables("file")),
         params=tuple(_read_param(table, kind, name) for table in top.tables("param")),
@@ -287,6 +303,7 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
         header.problem("digest_schemes", "holds a scheme that schemes does not")
     header.refuse_rest()
     _check_param_names(stage, top)
+    _check_one_of(stage, header)
     return stage
 
 
@@ -385,6 +402,15 @@ def _check_param_names(stage: Stage, top: _Table) -> None:
         target = names.get(param.digest or "")
         if param.digest and (target is None or target.type != "sha256"):
             top.problems.append(f"{top.file}: param[{n}].digest: {param.digest!r} names no parameter of type sha256")
+
+
+def _check_one_of(stage: Stage, header: _Table) -> None:
+    free = {param.name for param in stage.params if not param.required and param.default is None}
+    for name in stage.one_of:
+        if name not in free:
+            header.problem("one_of", f"{name!r} names no parameter that is neither required nor has a default")
+    if len(stage.one_of) == 1:
+        header.problem("one_of", "names a single parameter: make that one required")
 
 
 _TAKEN = "has the name of a file of the rendered module"

@@ -115,17 +115,39 @@ anchor_param_private() {
 # usage: anchor_param_source NAME URL DIGEST DIGEST_NAME; the last two are empty for a stage without a digest
 # Reports a URL that this initramfs cannot fetch from, or anything at all beside a manifest.
 anchor_param_source() {
-    local reason='is not for a boot with rd.anchor.manifest=, which says what to boot: give one of the two'
     if [ -z "${anchor_manifest:-}" ]; then
         anchor_param_url "$@"
-    elif [ -n "$2" ]; then
-        anchor_param_bad "$1" "$reason"
-    elif [ -n "$3" ]; then
-        case $anchor_params_error in
-            *"$4 $reason"*) ;;
-            *) anchor_param_bad "$4" "$reason" ;;
-        esac
+    else
+        anchor_param_beside "$1" "$2" && anchor_param_beside "$4" "$3" || :
     fi
+}
+
+# usage: anchor_param_beside NAME VALUE
+# Status 1, with a report, for a value that says what to boot where a manifest does.
+anchor_param_beside() {
+    local reason='is not for a boot with rd.anchor.manifest=, which says what to boot: give one of the two'
+    [ -n "${anchor_manifest:-}" ] && [ -n "$2" ] || return 0
+    case $anchor_params_error in
+        *"$1 $reason"*) ;;
+        *) anchor_param_bad "$1" "$reason" ;;
+    esac
+    return 1
+}
+
+# usage: anchor_param_one_of MISSING NAME VALUE [NAME VALUE...]
+# Reports, as MISSING says, that none of these parameters has a value and no manifest takes their place; and each one but
+# the first that has.
+anchor_param_one_of() {
+    local missing="$1" first="$2" given=''
+    shift
+    while [ $# -gt 0 ]; do
+        if [ -n "$2" ] && [ -n "$given" ]; then
+            anchor_param_bad "$1" "is given beside $given: give one of the two"
+        fi
+        [ -z "$2" ] || given=${given:-$1}
+        shift 2
+    done
+    [ -n "$given${anchor_manifest:-}" ] || anchor_param_bad "$first" "$missing"
 }
 
 # usage: anchor_param_sources NAME URLS DIGEST DIGEST_NAME

@@ -27,17 +27,6 @@ anchor_disk__run() {
         sha256=$anchor_manifest_sha256
         size=$anchor_manifest_size
     fi
-    case ${urls:+url}:${anchor_disk_tag:+tag}:${anchor_disk_blob:+blob} in
-        url:: | :tag: | ::blob) ;;
-        ::)
-            anchor_fail "nothing says where the image is" "give rd.anchor.disk.url=, .tag=, .blob= or a manifest"
-            return 1
-            ;;
-        *)
-            anchor_fail "several places are given for the image" "give one of rd.anchor.disk.url=, .tag=, .blob= and a manifest"
-            return 1
-            ;;
-    esac
     case $anchor_disk_then:$anchor_disk_installed in
         *kexec*) anchor_disk__kexec_possible || return 1 ;;
     esac

@@ -139,6 +139,24 @@ EXTRA = [
     f"{BASE} rd.anchor.acme.eab_kid=x rd.anchor.acme.eab_key=y",
     f"{BASE} rd.anchor.squashfs.curl=0 squashfs_curl",
     f"{BASE} rd.anchor.squashfs.curl=",
+    *(
+        f"root=anchor acme_server=ca.example rd.anchor.image=disk {words}"
+        for words in (
+            "dd.of=/dev/vda",
+            "dd.of=/dev/vda rd.anchor.disk.url=https://h/x",
+            "dd.of=/dev/vda oci.tag=h/x:y",
+            "dd.of=/dev/vda oci.tag=h/x:y oci.blob=h/x@y rd.anchor.disk.url=https://h/x",
+            "dd.of=/dev/vda oci.blob=h/x@y rd.anchor.disk.url=bad(",
+            "dd.of=/dev/vda rd.anchor.disk.url=bad(",
+            "oci.tag=h/x:y",
+        )
+    ),
+    # Without rd.anchor.image=, a disk is a choice only with a place of its image.
+    "root=anchor acme_server=ca.example dd.of=/dev/vda",
+    "root=anchor acme_server=ca.example dd.of=/dev/vda oci.tag=h/x:y",
+    "root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda",
+    "root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda oci.tag=h/x:y",
+    f"root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda rd.anchor.disk.sha256={SHA}",
     # What a kernel hands to its first process as a variable must not become a parameter.
     f"{BASE} anchor_acme_server=evil.example anchor_squashfs_url=http://evil/ anchor_auth=none",
 ]

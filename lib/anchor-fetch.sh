@@ -705,6 +705,7 @@ anchor_fetch__feed() {
         esac
         if [ $((anchor_uptime_ms - said)) -ge 2000 ]; then
             said=$anchor_uptime_ms
+            anchor_fetch_size "$file"
             anchor_fetch__progress "$had" "$at" >&2
             had=$anchor_fetch_size
             at=$said
@@ -718,10 +719,9 @@ anchor_fetch__feed() {
 }
 
 # usage: anchor_fetch__progress BYTES-BEFORE MS-BEFORE
-# Says how far the download is, unless nothing came. Sets anchor_fetch_size.
+# Says how far the download is, unless nothing came. Reads anchor_fetch_size and anchor_uptime_ms.
 anchor_fetch__progress() {
     local line
-    anchor_fetch_size "$file"
     [ "$anchor_fetch_size" -gt "$1" ] || return 0
     anchor_fetch_total=
     # The transport may be another one by now than when this process began.

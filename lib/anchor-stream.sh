@@ -12,6 +12,8 @@
 # Whether the bytes were the right ones is known when anchor_fetch_stream returns, and no sooner.
 # Needs anchor-fetch.sh, whose locals these functions share, and the programs dd and tee.
 
+ANCHOR_STREAM_PIECE=16777216 # bytes, after which it may be said how far the download is
+
 # usage: anchor_fetch_stream "URL..." NAME SHA256 SIZE SINK
 # Fetches as anchor_fetch does, into the function SINK. Keeps its state in the directory NAME.fetch, which needs a few
 # kilobytes. SHA256 and SIZE may be empty; without SIZE it reads anchor_fetch_limit, the most bytes that may come, and
@@ -69,17 +71,31 @@ anchor_stream__close() {
 # open all the time, or a writer that comes between two readers would find nobody. At last there is a directory in the
 # pipe's place: nobody can write to that, or wait for a reader.
 anchor_stream__pump() {
-    local session=0 total=0 bytes rest most="$anchor_fetch_max"
+    local session=0 total=0 bytes rest most="$anchor_fetch_max" count had=0 at
+    anchor_uptime_ms
+    at=$anchor_uptime_ms
     # shellcheck disable=SC2094 # a pipe: open for both, it waits for nobody, and so does the reader after it
     exec 8<>"$file" 9<"$file" 8<&-
     until [ -e "$work/end" ]; do
+        count=$((most + 1 - total))
+        [ "$count" -le "$ANCHOR_STREAM_PIECE" ] || count=$ANCHOR_STREAM_PIECE
         # It opens the pipe anew, which waits for a writer, and ends when there is none any more.
-        dd if="$file" bs=64K count=$((most + 1 - total)) iflag=fullblock,count_bytes 9<&- 2>"$work/pumped" || break
+        dd if="$file" bs=64K count="$count" iflag=fullblock,count_bytes 9<&- 2>"$work/pumped" || break
         while read -r bytes rest; do
             case $rest in
-                byte*) total=$((total + bytes)) ;;
+                byte*) break ;;
             esac
         done <"$work/pumped"
+        total=$((total + ${bytes:-0}))
+        # A whole piece says nothing of the writers.
+        if [ "${bytes:-0}" -eq "$count" ] && [ "$total" -le "$most" ]; then
+            anchor_uptime_ms
+            [ $((anchor_uptime_ms - at)) -ge 2000 ] || continue
+            anchor_fetch_size=$total
+            anchor_fetch__progress "$had" "$at" >&2
+            had=$total at=$anchor_uptime_ms
+            continue
+        fi
         session=$((session + 1))
         printf '%s %s\n' "$session" "$total" >"$work/taken"
         [ "$total" -le "$most" ] || {

@@ -214,7 +214,7 @@ anchor_disk__cannot() {
 # usage: anchor_disk__write <IMAGE >CHUNKS
 # Writes the unpacked image; prints "OFFSET BYTES" of each part that was written.
 anchor_disk__write() {
-    local dir="$anchor_disk__dir" bs count chunk offset said bytes rest begun
+    local dir="$anchor_disk__dir" bs count chunk offset bytes rest
     dd of="$dir/head" bs="$ANCHOR_DISK_HEAD" count=1 iflag=fullblock 2>/dev/null
     anchor_fetch_size "$dir/head"
     offset=$anchor_fetch_size
@@ -223,9 +223,6 @@ anchor_disk__write() {
     bs=$((anchor_disk_bs / 4096 * 4096))
     count=$(((ANCHOR_DISK_CHUNK + bs - 1) / bs))
     chunk=$((bs * count))
-    anchor_uptime_ms
-    begun=$anchor_uptime_ms
-    said=$begun
     [ "$offset" -lt "$ANCHOR_DISK_HEAD" ] || while :; do
         bytes=
         # A device that went away must not become a file.
@@ -242,14 +239,6 @@ anchor_disk__write() {
         [ "${bytes:-0}" -eq 0 ] || printf '%s %s\n' "$offset" "$bytes"
         offset=$((offset + ${bytes:-0}))
         [ "${bytes:-0}" -eq "$chunk" ] || break
-        anchor_uptime_ms
-        [ $((anchor_uptime_ms - said)) -lt 2000 ] || {
-            said=$anchor_uptime_ms
-            anchor_fetch_amount "$offset"
-            rest=$anchor_fetch_amount
-            anchor_fetch_amount $((offset * 1000 / (said - begun)))
-            anchor_info "written to $anchor_disk__name: $rest, $anchor_fetch_amount/s"
-        }
     done
     printf '%s\n' "$offset" >"$dir/bytes"
 }

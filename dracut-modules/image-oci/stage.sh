@@ -201,7 +201,8 @@ anchor_oci__layers() {
         n=$((n + 1))
     done
     for n in $started; do
-        wait "$n"
+        # Some shells tell of each process that was killed.
+        wait "$n" 2>/dev/null
     done
     [ ! -e "$anchor_oci_dir/failed" ] || {
         anchor_recall "$anchor_oci_dir/failed"
@@ -217,7 +218,9 @@ anchor_oci__layers() {
 # usage: anchor_oci__work DIR
 # One worker: takes the next layer that no other has taken, until there is none or one has failed.
 anchor_oci__work() {
-    local n=0 digest size type
+    local n=0 digest size type pid rest
+    read -r pid rest </proc/self/stat
+    : >"$anchor_oci_dir/worker.$pid"
     while read -r digest size type; do
         n=$((n + 1))
         [ ! -e "$anchor_oci_dir/failed" ] || return 1
@@ -231,10 +234,41 @@ anchor_oci__work() {
         else
             anchor_oci_get "$digest" "$size" "$1/l$n"
         fi || {
-            anchor_keep "$anchor_oci_dir/failed" "$n"
+            # What others do is of no use any more; the first to fail ends them.
+            ! mkdir "$anchor_oci_dir/stopping" 2>/dev/null || {
+                anchor_keep "$anchor_oci_dir/failed" "$n"
+                anchor_oci__stop "$pid"
+            }
             return 1
         }
     done <"$anchor_oci_dir/layers"
+}
+
+# usage: anchor_oci__stop PID
+# Ends all workers but PID, with everything that they started.
+anchor_oci__stop() {
+    local ended='' before=none each pid line parent rest
+    for each in "$anchor_oci_dir"/worker.*; do
+        [ "${each##*.}" = "$1" ] || ended="$ended ${each##*.}"
+    done
+    # One after the other, and as often as there are new ones: none may go on and start another meanwhile.
+    while [ "$ended" != "$before" ]; do
+        before=$ended
+        # shellcheck disable=SC2086 # numbers
+        [ -z "$ended" ] || kill -STOP $ended 2>/dev/null
+        for each in /proc/[0-9]*/stat; do
+            IFS= read -r line 2>/dev/null <"$each" || continue
+            pid=${line%% *}
+            line=${line##*) }
+            parent=${line#* }
+            case " $ended " in
+                *" $pid "*) ;;
+                *" ${parent%% *} "*) ended="$ended $pid" ;;
+            esac
+        done
+    done
+    # shellcheck disable=SC2086 # numbers
+    [ -z "$ended" ] || kill -KILL $ended 2>/dev/null
 }
 
 # usage: anchor_oci__convert <BLOB
@@ -242,10 +276,14 @@ anchor_oci__work() {
 # configuration's.
 anchor_oci__convert() {
     local n="$anchor_oci__n" dir="$anchor_oci_dir/$anchor_oci__n" image="$anchor_oci__image/l$anchor_oci__n" digest sum want listed summed
-    rm -f "$image" "$dir/tar" "$dir/sum" "$dir/unpacked" "$dir/made"
+    rm -f "$image" "$dir/tar" "$dir/sum" "$dir/unpacked" "$dir/made" "$dir/listed"
     mkfifo "$dir/tar" "$dir/sum" || return 1
     # Without -B, tar calls the archive broken where a pipe gives it a part of a block.
-    LC_ALL=C TZ=UTC tar --quoting-style=escape --numeric-owner --full-time -B -tvf "$dir/tar" >"$anchor_oci__image/list$n" 2>"$dir/tar.error" &
+    # The list is as far as the squashfs, and has a line for each entry: where it ends, all ends.
+    {
+        LC_ALL=C TZ=UTC tar --quoting-style=escape --numeric-owner --full-time -B -tvf "$dir/tar" 2>"$dir/tar.error"
+        printf '%s\n' "$?" >"$dir/listed"
+    } | head -n $((anchor_oci_max_entries + 1)) >"$anchor_oci__image/list$n" &
     listed=$!
     anchor_fetch__digest <"$dir/sum" >"$dir/diff" &
     summed=$!
@@ -262,9 +300,14 @@ anchor_oci__convert() {
         # What follows the end of an archive belongs to its digest.
         [ "$sum" -ne 0 ] || cat >/dev/null
     }
-    wait "$listed"
-    listed=$?
-    wait "$summed"
+    wait "$listed" "$summed"
+    if [ -n "$(sed -n "$((anchor_oci_max_entries + 1)){p;q;}" "$anchor_oci__image/list$n")" ]; then
+        anchor_fail "it has more than $anchor_oci_max_entries files and directories" \
+            "raise rd.anchor.oci.max_entries if the node has the memory for them, or publish the image as squashfs"
+        return 1
+    fi
+    anchor_recall "$dir/listed"
+    listed=${anchor_recall:-1}
     # Where sqfstar gave up, what comes before it ended for that reason (141 is SIGPIPE).
     anchor_recall "$dir/unpacked"
     if [ "$anchor_recall" != 0 ] && [ "$anchor_recall" != 141 ]; then

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import pytest
 from contrib.site import pki
 from contrib.site.registry import CONFIG, INDEX, MANIFEST, PASSWORD, USER, Registry, registry
 from tests.shell.conftest import SHELLS, TOP, Shell
+from tests.shell.downloads import processes_of
+from tests.stages import hostile_http as fake
+from tests.stages.hostile_http import hostile
 from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push, unpacked_by_umoci
 
 pytestmark = pytest.mark.skipif(
@@ -80,23 +84,31 @@ class Node:
     shell: Shell
     site: Site
 
-    def run(self, image: str, more: str = SHOW, **parameters: str) -> subprocess.CompletedProcess[str]:
-        """Run and mount, then the script `more`; keyword arguments are the stage's parameters."""
-        values = {**dict.fromkeys(PARAMETERS, ""), "image": image, **parameters}
+    def run(
+        self,
+        image: str,
+        more: str = SHOW,
+        *,
+        setup: str = "",
+        given: Mapping[str, str] | None = None,
+        **parameters: str,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run and mount, then the script `more`; keyword arguments are the stage's parameters, `given` variables."""
+        values = {**dict.fromkeys(PARAMETERS, ""), "image": image, "max_entries": "500000", **parameters}
         env = {f"anchor_oci_{name}": value for name, value in values.items()}
         env |= {f"anchor_fetch_{name}": str(value) for name, value in FETCH.items()}
         env |= {"STAGE": str(STAGE), "TOP": str(TOP), "PYTHON": sys.executable}
-        return self.shell.run(SCRIPT + more, env=env, unshare=("--mount",))
+        return self.shell.run(setup + SCRIPT + more, env=env | dict(given or {}), unshare=("--mount",))
 
     def facts(self, image: str, **parameters: str) -> dict[str, Any]:
         """Return the facts of the mounted image."""
-        done = self.run(image, **parameters)
+        done = self.run(image, SHOW, setup="", given=None, **parameters)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def refused(self, image: str, *messages: str, **parameters: str) -> str:
+    def refused(self, image: str, *messages: str, given: Mapping[str, str] | None = None, **parameters: str) -> str:
         """Make sure that nothing is mounted, and that the step's error and hint hold all messages."""
-        done = self.run(image, **parameters)
+        done = self.run(image, given=given, **parameters)
         assert done.returncode == 1, done.stderr
         step = self.shell.root / "run/anchor/steps/10"
         said = (step / "error").read_text() + (step / "hint").read_text()
@@ -364,6 +376,89 @@ def test_a_layer_bomb_ends_at_the_memory_that_there_is(dash: Node) -> None:
     push(dash.site.plain, "bad/bomb", [bomb], ("zstd",))
     done = dash.refused(f"https://{dash.site.mutual.host}/bad/bomb:v1")
     assert "memory" in done
+
+
+def test_a_bomb_of_empty_files_ends_at_their_number(dash: Node, layers: list[Layer]) -> None:
+    bomb = Layer()
+    for number in range(20000):
+        bomb.add(f"d/{number}")
+    push(dash.site.plain, "bad/entries", [layers[0], bomb])
+    image = f"https://{dash.site.mutual.host}/bad/entries:v1"
+    dash.refused(image, "layer 2 of 2", "more than 500 files and directories", "max_entries", max_entries="500")
+
+
+def served(layers: list[Layer | bytes], **instead: fake.Fault) -> tuple[fake.Fault, str]:
+    """Return a registry that has one image, and the image's digest; `instead`, layer1 and so on, are its faults."""
+    tars = [layer.tar if isinstance(layer, Layer) else layer for layer in layers]
+    described: dict[str, fake.Fault] = {}
+
+    def put(data: bytes, kind: str, fault: fake.Fault | None = None) -> dict[str, Any]:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        described[digest] = fault or fake.whole(data)
+        return {"mediaType": kind, "digest": digest, "size": len(data)}
+
+    config = put(json.dumps(config_of(tars)).encode(), CONFIG)
+    blobs = [put(tar, TAR, instead.get(f"layer{number}")) for number, tar in enumerate(tars, 1)]
+    document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": blobs}
+    digest = put(json.dumps(document).encode(), MANIFEST)["digest"]
+    return lambda exchange: described[exchange.path.rpartition("/")[2]](exchange), digest
+
+
+def cut(data: bytes, *sent: int) -> fake.Fault:
+    """Break off after so many bytes, one time after the other, and then for ever at once."""
+    faults = [fake.whole(data, sent=number) for number in (*sent, 0)]
+    return lambda exchange: (faults.pop(0) if len(faults) > 1 else faults[0])(exchange)
+
+
+def ranges(server: fake.Hostile, size: int = 1) -> list[str]:
+    """Return the ranges of the requests for blobs, without the first: it is the configuration."""
+    return [headers.get("Range", "") for path, headers in server.requests if "/blobs/" in path][size:]
+
+
+NOISE = Layer().directory("./").add("noise", os.urandom(3_000_000))
+
+
+def test_a_registry_that_goes_away_in_a_layer_is_asked_again(dash: Node) -> None:
+    tar = NOISE.tar
+    registry, digest = served([tar], layer1=cut(tar, 1_000_000, len(tar)))
+    with hostile(registry) as server:
+        assert "noise" in dash.facts(server.url(f"/a/b@{digest}"))
+        assert ranges(server) == ["", "bytes=1000000-"]
+
+
+def test_a_layer_that_breaks_off_goes_on_at_another_registry(dash: Node) -> None:
+    tar = NOISE.tar
+    registry, digest = served([tar], layer1=cut(tar, 1_000_000))
+    mirror, _ = served([tar])
+    first = "od() { case $* in *urandom) printf '0\\n' ;; *) command od \"$@\" ;; esac; }\n"
+    with hostile(registry) as server, hostile(mirror) as other:
+        done = dash.run(server.url(f"/a/b@{digest}"), setup=first, mirrors=other.url("/c/d"))
+        assert done.returncode == 0, done.stderr
+        assert "noise" in json.loads(done.stdout)
+        assert ranges(other, 0) == ["bytes=1000000-"]
+
+
+def test_a_layer_that_nobody_has_to_its_end_leaves_nothing(dash: Node) -> None:
+    tar = NOISE.tar
+    registry, digest = served([tar], layer1=cut(tar, 1_000_000))
+    with hostile(registry) as server:
+        dash.refused(server.url(f"/a/b@{digest}"), "layer 1 of 1: gave up on", "after attempt 3 of 3")
+    assert processes_of(dash.shell.root) == []
+
+
+def test_a_layer_that_fails_ends_the_others_at_once(node: Node) -> None:
+    tar = NOISE.tar
+    registry, digest = served([tar, b"this is no archive" * 999], layer1=fake.whole(tar, sent=100_000, stall=True))
+    with hostile(registry) as server:
+        node.refused(server.url(f"/a/b@{digest}"), "layer 2 of 2", "cannot be made a squashfs")
+        # The layer that stalls was not asked for again, as it would be after a while.
+        assert len(ranges(server)) == 2
+    assert processes_of(node.shell.root) == []
+
+
+def test_a_manifest_of_anchor_names_no_image_of_a_registry(dash: Node) -> None:
+    given = {"anchor_manifest_urls": "https://127.0.0.1:9/x", "anchor_manifest_sha256": "0" * 64}
+    dash.refused("https://127.0.0.1:9/x", "the image stage oci, which has manifests of its own", given=given)
 
 
 def manifest_of(site: Site, name: str, **changes: Any) -> str:

@@ -1,6 +1,7 @@
 """`./build.sh bench`: this project's initramfs against dracut's own livenet, same machine, same run, same image.
 
-`./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone, `./build.sh bench packages` the RPMs.
+`./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone, `./build.sh bench disk` the writing of
+a disk, `./build.sh bench packages` the RPMs.
 
 Prints medians, ratios and their spread; writes them to out/bench.json, and where the time of a boot goes as a plot
 beside it (--svg names another place). Nothing here passes or fails: figures do not belong in a timed test.
@@ -27,7 +28,7 @@ from anchor_build.console import Console, format_table
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, start, stop
 from contrib.site import image, pki, servers
-from tests.bench import crowd, fetch, packages, plot
+from tests.bench import crowd, disk, fetch, packages, plot
 
 # What systemd of any version says on the console, in the initramfs and in the booted system.
 SWITCH = re.compile(r"Switch Root")
@@ -263,7 +264,7 @@ def draw(results: dict[str, dict[str, object]], names: list[str]) -> str:
 
 def main() -> None:
     """Run everything, print the table and write the figures."""
-    for name, bench in (("fetch", fetch.main), ("crowd", crowd.main), ("packages", packages.main)):
+    for name, bench in (("fetch", fetch.main), ("crowd", crowd.main), ("disk", disk.main), ("packages", packages.main)):
         if sys.argv[1:2] == [name]:
             bench(sys.argv[2:])
             return

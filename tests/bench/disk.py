@@ -35,7 +35,9 @@ NODE_LIMIT_S = 1800
 NO_READ_BACK = """
 anchor_disk__read_back() { cat >/dev/null; }
 anchor_fetch__digest() {
-    case $(readlink /proc/self/fd/1) in
+    local into
+    { into=$(readlink /proc/self/fd/3); } 3>&1
+    case $into in
         */back.sha256)
             cat >/dev/null
             until [ -s "$anchor_disk__dir/raw.sha256" ]; do sleep 0.02; done
@@ -116,7 +118,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 def measure(work: Path, packed: Packed, url: str, raw: str, runs: int) -> list[object]:
     """Time all three ways in turn; return seconds and ratios of the rates."""
     root, disk = work / "node", work / "disk"
-    alone, whole, read_back = [], [], []
+    alone: list[float] = []
+    whole: list[float] = []
+    read_back: list[float] = []
     with disk.open("wb") as file:
         file.truncate(SIZE)
     with loop_device(disk) as device:

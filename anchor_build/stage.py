@@ -29,6 +29,7 @@ CORE_PARAM_NAME = re.compile(rf"{PARAM_NAME.pattern}(\.{PARAM_NAME.pattern})?")
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*|-")
+PACKAGE_VERSION = re.compile(r"[0-9][0-9.]*")
 # "NAME < VERSION", as in a spec file
 RPM_RELATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]* (?:<|<=|=) [0-9][A-Za-z0-9.+~^_]*")
 DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
@@ -76,6 +77,7 @@ class Binary:
     """A program that a stage needs on the node, and the packages that have it (`-` where there is none).
 
     `suse` is empty where SUSE's package has the name that `rpm` says. An `optional` one is taken where it is there.
+    `since` is the packages' version that has it first, where older ones are about.
     """
 
     name: str
@@ -83,13 +85,15 @@ class Binary:
     deb: str
     suse: str = ""
     optional: bool = False
+    since: str = ""
 
     @property
     def where(self) -> str:
         """What to install, by family: `iproute2 (deb), iproute (rpm) or iproute2 (suse)`."""
         named = {"deb": self.deb, "rpm": self.rpm, "suse": self.suse}
         known = [f"{name} ({family})" for family, name in named.items() if name not in ("", NO_PACKAGE)]
-        return " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known) or "it yourself"
+        text = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known) or "it yourself"
+        return f"{text}, version {self.since} or later" if self.since else text
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,7 @@ def _read_binary(table: _Table) -> Binary:
         deb=table.text("deb", PACKAGE, required=True),
         suse=table.text("suse", PACKAGE),
         optional=table.flag("optional"),
+        since=table.text("since", PACKAGE_VERSION),
     )
     table.refuse_rest()
     return binary

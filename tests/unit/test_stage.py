@@ -59,11 +59,18 @@ REFUSED_HEADERS = {
         ('rpm = "r", suse = "s", deb = "d"', "d (deb), r (rpm) or s (suse)"),
         ('rpm = "-", deb = "d"', "d (deb)"),
         ('rpm = "-", deb = "-"', "it yourself"),
+        ('rpm = "r", deb = "d", since = "4.5"', "d (deb) or r (rpm), version 4.5 or later"),
     ],
 )
 def test_packages_of_a_program(write_stage: WriteStage, packages: str, where: str) -> None:
     stage = load_stage(write_stage(header=f'binaries = [{{ name = "a", {packages} }}]'), "a test")
     assert stage.binaries[0].where == where
+
+
+def test_one_of_names_parameters_that_may_be_left_out(write_stage: WriteStage) -> None:
+    assert len(problems_of(write_stage(header='one_of = ["none", "nothing"]'))) == 2
+    (_, single) = problems_of(write_stage(header='one_of = ["none"]'))
+    assert "stage.one_of: names a single parameter: make that one required" in single
 
 
 @pytest.mark.parametrize("header", REFUSED_HEADERS)

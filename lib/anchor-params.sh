@@ -117,8 +117,8 @@ anchor_param_private() {
 anchor_param_source() {
     if [ -z "${anchor_manifest:-}" ]; then
         anchor_param_url "$@"
-    else
-        anchor_param_beside "$1" "$2" && anchor_param_beside "$4" "$3" || :
+    elif anchor_param_beside "$1" "$2"; then
+        anchor_param_beside "$4" "$3" || :
     fi
 }
 

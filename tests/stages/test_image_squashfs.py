@@ -23,7 +23,8 @@ URL = "https://store.example/images/node.squashfs"
 SHA256 = "0" * 64
 
 LOAD = """
-. "$LIB/anchor-report.sh" && . "$LIB/anchor-mounts.sh" && . "$LIB/anchor-params.sh" && . "$STAGE" || exit 9
+for lib in report mounts image params; do . "$LIB/anchor-$lib.sh" || exit 9; done
+. "$STAGE" || exit 9
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 IMAGE_DIR="$ANCHOR_ROOT/run/anchor/image" LOWER="$ANCHOR_ROOT/run/anchor/lower"
 mkdir -p "$anchor_step_dir" "$LOWER" || exit 9

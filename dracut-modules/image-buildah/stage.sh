@@ -12,7 +12,7 @@
 
 ANCHOR_BUILDAH_PROGRESS_S=5      # between two lines of progress
 ANCHOR_BUILDAH_COMPRESSION=lz4   # as oci's: what is faster to make counts more than what is smaller
-ANCHOR_BUILDAH_SQUASH_MEMORY=64M # of mksquashfs
+ANCHOR_BUILDAH_SQUASH_MEMORY=32M # of mksquashfs
 
 # usage: anchor_buildah_run
 # Reads this stage's parameters. Leaves /run/anchor/image/image, complete and read-only. Safe to repeat. However it ends,

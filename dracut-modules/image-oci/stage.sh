@@ -231,7 +231,7 @@ anchor_oci__convert() {
     } | tee "$dir/tar" "$dir/sum" 2>/dev/null | {
         # A pattern after "..." counts in every directory.
         timeout "$anchor_fetch_timeout" sqfstar -quiet -no-progress -exit-on-error -comp "$ANCHOR_OCI_COMPRESSION" -processors 1 \
-            -mem 32M "$image" '... .wh.*' >"$dir/sqfstar.error" 2>&1
+            -mem 16M "$image" '... .wh.*' >"$dir/sqfstar.error" 2>&1
         sum=$?
         printf '%s\n' "$sum" >"$dir/made"
         # What follows the end of an archive belongs to its digest.

@@ -47,7 +47,7 @@ anchor_squashfs__run() {
     anchor_image_space "$dir" 100% nr_inodes=64 || return 1
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
-        anchor_image_seal "$dir" "$(stat -c %s "$dir/image")"; then
+        anchor_image_seal "$dir" "$anchor_squashfs__size"; then
         (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
         return 0
     fi

@@ -2,7 +2,8 @@
 # Usage: build.sh demo [--keep | --stop]      boot a diskless node here, with everything it needs
 #        build.sh test [--fast | PYTEST ARGS] run the tests; --fast leaves out boots, servers and builds
 #        build.sh test --matrix [PYTEST ARGS] boot every generation of dracut, and write doc/generations.md
-#        build.sh bench [fetch | crowd | disk | packages] [ARGS] measure build and boot, a download, many, a disk, or RPMs
+#        build.sh bench [fetch | crowd | disk | packages | registry] [ARGS] measure build and boot, a download, many at
+#                                                         once, a disk, RPMs, or two ways to boot from a registry
 #        build.sh [ARGS]                      anchor-build ARGS; without ARGS build the RPMs
 #
 # Prepares what is missing first: the distribution's packages named in contrib/packages.txt, and a

@@ -37,6 +37,7 @@ anchor_boot_load() {
 anchor_boot_make() {
     local steps="$ANCHOR_RUN/steps"
     [ ! -d "$steps" ] || return 0
+    # shellcheck disable=SC2174 # those above are named, but for the run directory itself, which anybody may look into
     mkdir -p -m 0700 "$ANCHOR_RUN/credentials" "$steps" "$steps/1000" "$steps/1001" "$steps/1002" "$steps/1003" \
         "$steps/1004" "$steps/1005" "$steps/1006" "$steps/1007"
 }
@@ -308,8 +309,7 @@ anchor_boot_auth() {
     # What an earlier try of this boot got is what has been refused, or is about to end: a stage must not find it again.
     [ ! -e "$ANCHOR_RUN/credentials.from" ] ||
         rm -f "$ANCHOR_RUN/credentials/client.crt" "$ANCHOR_RUN/credentials/client.key" "$ANCHOR_RUN/credentials/s3"
-    [ ! -e "$ANCHOR_RUN/credentials.from" ] && [ ! -e "$ANCHOR_REJECTED" ] ||
-        rm -f "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
+    anchor_remove "$ANCHOR_RUN/credentials.from" "$ANCHOR_REJECTED"
     ("anchor_${anchor_auth}_run") && anchor_boot_credentials &&
         anchor_keep "$ANCHOR_RUN/credentials.from" "$anchor_auth"
 }

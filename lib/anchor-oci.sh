@@ -10,6 +10,7 @@
 #   anchor_oci_resolve PLATFORM           the manifest, checked; sets what is listed there
 #   anchor_oci_get DIGEST SIZE DEST       a blob as a file
 #   anchor_oci_stream DIGEST SIZE NAME FUNCTION   a blob as standard input
+#   anchor_oci_authfile FILE              the credentials, for another program
 #
 # Credentials for a registry are in /run/anchor/credentials/registry.json, if auth left that (containers-auth.json(5)),
 # or else in the stage's variables anchor_registry_user and anchor_registry_password; these are for the image's own
@@ -204,6 +205,19 @@ anchor_oci_stream() {
     local function="$4"
     anchor_oci__urls "blobs/sha256:$1"
     anchor_oci__fetch "$anchor_oci_urls" "$3" "$1" "$2"
+}
+
+# usage: anchor_oci_authfile FILE
+# Writes this node's credentials for the image's registry, if it has any, to FILE, for root alone, in the form of
+# containers-auth.json(5). Status 0 or 1.
+anchor_oci_authfile() {
+    local base="${anchor_oci_bases%% *}" anchor_registry__number=0 anchor_registry__authorization='' host
+    anchor_registry__credentials || return 1
+    [ -n "$anchor_registry__authorization" ] || return 0
+    host=${base#*://}
+    anchor_json "${host%%/*}"
+    (umask 077 && printf '{"auths":{%s:{"auth":"%s"}}}\n' "$anchor_json" "${anchor_registry__authorization#Basic }" >"$1") && return 0
+    anchor_fail "cannot write to ${1%/*}" "is /run full?"
 }
 
 # usage: anchor_oci__urls PATH

@@ -117,6 +117,7 @@ anchor_overlay__check() {
 anchor_overlay__mount() {
     local upper="$1/upper$2" work="$1/work$2" owner error
     # The root of an overlay has the mode and owner of the upper directory, not of the lower one.
+    # shellcheck disable=SC2174 # upper alone, or 1 in it: who may look above is decided at BASE
     if ! error=$({
         owner=$(stat -c '%a %u:%g' "$3") && mkdir -p -m "${owner% *}" "$upper" "$work" &&
             { [ "${owner#* }" = 0:0 ] || chown "${owner#* }" "$upper"; }

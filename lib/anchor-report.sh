@@ -264,7 +264,7 @@ anchor_boot_write() {
     anchor_boot_json
     printf '%s\n' "$anchor_boot_json" >"$ANCHOR_RUN/boot.json.new" || return 1
     if [ -n "${1:-}" ]; then
-        mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json" </dev/null &
+        mv -f "$ANCHOR_RUN/boot.json.new" "$ANCHOR_RUN/boot.json" &
         anchor_boot__writer=$!
         return 0
     fi

@@ -39,17 +39,17 @@ anchor_oci__run() {
     references=$anchor_fetch_urls
     # An earlier try left it, complete.
     anchor_recall "$dir/of"
-    if [ "$anchor_recall" = "$references $anchor_oci_platform" ] && anchor_oci__mounted "$dir"; then
+    if [ "$anchor_recall" = "$references $anchor_oci_platform" ] && anchor_mounted "$dir"; then
         return 0
     fi
     rest=$anchor_oci_platform
-    anchor_oci__free "$dir"
+    anchor_image_free "$dir"
     anchor_oci_open "$work" "$references" && anchor_oci__prepare "$dir" "$rest" &&
-        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_oci__seal "$dir"
+        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_image_seal "$dir"
     status=$?
     rm -rf "${work:?}"
     [ "$status" -eq 0 ] && return 0
-    anchor_oci__free "$dir"
+    anchor_image_free "$dir"
     return 1
 }
 
@@ -78,31 +78,12 @@ anchor_oci__prepare() {
 # Mounts the image read-only on DIR. Safe to repeat.
 anchor_oci_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
-    anchor_oci__mounted "$1" && return 0
+    anchor_mounted "$1" && return 0
     anchor_recall "$dir/stack"
     error=$(anchor_oci__overlay "$dir" "$anchor_recall" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" "does this kernel have overlayfs (the overlay module)?"
-    anchor_oci__free "$dir"
+    anchor_image_free "$dir"
     return 1
-}
-
-# usage: anchor_oci__mounted DIR
-# Whether something is mounted on DIR, a path without blanks.
-anchor_oci__mounted() {
-    local device dir rest
-    while read -r device dir rest; do
-        [ "$dir" != "$1" ] || return 0
-    done </proc/self/mounts
-    return 1
-}
-
-# usage: anchor_oci__free DIR
-# Unmounts what an earlier try, or somebody else, mounted, and so frees the memory.
-anchor_oci__free() {
-    ! anchor_oci__mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
-    while anchor_oci__mounted "$1"; do
-        umount -R "$1" 2>/dev/null || umount -l "$1" || return 0
-    done
 }
 
 # usage: anchor_oci__kind
@@ -158,32 +139,24 @@ anchor_oci__kind() {
 
 # usage: anchor_oci__space DIR
 # Mounts the image's tmpfs, which may use what memory there is but for the reserve: a layer that grows without end
-# fails on it. With several NUMA nodes its pages go to all of them in turn.
+# fails on it.
 anchor_oci__space() {
-    local options=mode=0700,noexec,nosuid,nodev key value rest error available=0 needs=0
-    while read -r key value rest; do
-        [ "$key" != MemAvailable: ] || available=$((value * 1024 - anchor_fetch_reserve))
-    done <"${ANCHOR_ROOT:-}/proc/meminfo"
+    local key value rest needs=0
+    anchor_image_available
     while read -r key value rest; do
         needs=$((needs + value))
     done <"$anchor_oci_dir/layers"
     anchor_note_number bytes "$needs"
     anchor_note_number layers "$anchor_oci_count"
-    if [ "$needs" -ge "$available" ]; then
+    if [ "$needs" -ge "$anchor_image_available" ]; then
         anchor_fetch_amount "$needs"
         needs=$anchor_fetch_amount
-        anchor_fetch_amount "$((available < 0 ? 0 : available))"
+        anchor_fetch_amount "$anchor_image_available"
         anchor_fail "the image is too large: its layers have $needs as they are, and $anchor_fetch_amount of memory may be used" \
             "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
         return 1
     fi
-    anchor_recall "${ANCHOR_ROOT:-}/sys/devices/system/node/has_memory"
-    case $anchor_recall in
-        *[,-]*) options=$options,mpol=interleave ;;
-    esac
-    error=$({ mkdir -p "$1" && mount -t tmpfs -o "$options,size=$available" anchor-image "$1"; } 2>&1) && return 0
-    anchor_fail "cannot make a tmpfs for the image: $error"
-    return 1
+    anchor_image_space "$1" "$anchor_image_available"
 }
 
 # usage: anchor_oci__layers DIR
@@ -294,7 +267,7 @@ anchor_oci__convert() {
     } | tee "$dir/tar" "$dir/sum" 2>/dev/null | {
         # A pattern after "..." counts in every directory.
         timeout "$anchor_fetch_timeout" sqfstar -quiet -no-progress -exit-on-error -comp "$ANCHOR_OCI_COMPRESSION" -processors 1 \
-            -mem 32M "$image" '... .wh.*' >"$dir/sqfstar.error" 2>&1
+            -mem 16M "$image" '... .wh.*' >"$dir/sqfstar.error" 2>&1
         sum=$?
         printf '%s\n' "$sum" >"$dir/made"
         # What follows the end of an archive belongs to its digest.
@@ -420,10 +393,8 @@ anchor_oci__files() {
 # usage: anchor_oci__attach DIR NUMBER TYPE
 # Mounts a layer's file.
 anchor_oci__attach() {
-    local error
-    [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
-    error=$({ mkdir -p "$1/m$2" && mount -t "$3" -o loop,ro "$1/l$2" "$1/m$2"; } 2>&1) && return 0
-    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $error" \
+    anchor_image_attach "$3" "$1/l$2" "$1/m$2" && return 0
+    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $anchor_image_error" \
         "does this kernel have loop and $3 with the layer's compression? (see dmesg)"
     return 1
 }
@@ -561,13 +532,4 @@ anchor_oci__plain() {
             anchor_oci__plain=${anchor_oci__plain%.}
             ;;
     esac
-}
-
-# usage: anchor_oci__seal DIR
-# Makes the image's tmpfs read-only.
-anchor_oci__seal() {
-    local error
-    error=$(mount -o remount,ro,noexec,nosuid,nodev "$1" 2>&1) && return 0
-    anchor_fail "cannot make the image's tmpfs read-only: $error"
-    return 1
 }

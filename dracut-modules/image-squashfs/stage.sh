@@ -32,27 +32,21 @@ anchor_squashfs__run() {
             ro | ro,*) return 0 ;;
         esac
     fi
-    anchor_squashfs__forget "$dir"
+    anchor_remove "$dir.of" "$dir.format"
+    anchor_image_free "$dir"
     anchor_squashfs__place "$dir" "$urls" "$sha256"
     status=$?
     [ "$status" -eq 2 ] || return "$status"
-    anchor_mounted "$dir" || anchor_squashfs__space "$dir" || return 1
+    # It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
+    anchor_image_space "$dir" 100% nr_inodes=64 || return 1
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
-        anchor_squashfs__seal "$dir"; then
+        anchor_image_seal "$dir" "$anchor_squashfs__size"; then
         (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
         return 0
     fi
-    anchor_squashfs__free "$dir"
+    anchor_image_free "$dir"
     return 1
-}
-
-# usage: anchor_squashfs__forget DIR
-# Unmounts what an earlier try, or somebody else, mounted on DIR and where the image goes.
-anchor_squashfs__forget() {
-    anchor_remove "$1.of" "$1.format"
-    ! anchor_mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
-    ! anchor_mounted "$1" || anchor_squashfs__free "$1"
 }
 
 # usage: anchor_squashfs__place DIR URLS SHA256
@@ -75,31 +69,16 @@ anchor_squashfs__place() {
 # usage: anchor_squashfs_mount DIR
 # Mounts the image read-only on DIR. Safe to repeat. On failure it frees the image's memory.
 anchor_squashfs_mount() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image" error
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image"
     anchor_mounted "$1" && return 0
     # What the run has found, which was another process.
     anchor_recall "$dir.format"
     anchor_squashfs__format=$anchor_recall
     [ -n "$anchor_recall" ] || anchor_squashfs__check "$dir/image" || return 1
-    [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
-    error=$(mount -t "$anchor_squashfs__format" -o loop,ro "$dir/image" "$1" 2>&1) && return 0
-    anchor_fail "cannot mount the image: $error" \
+    anchor_image_attach "$anchor_squashfs__format" "$dir/image" "$1" && return 0
+    anchor_fail "cannot mount the image: $anchor_image_error" \
         "does this kernel have loop and $anchor_squashfs__format with the image's compression? (see dmesg)"
-    anchor_squashfs__free "$dir"
-    return 1
-}
-
-# usage: anchor_squashfs__space DIR
-# Mounts the image's tmpfs. It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
-# With several NUMA nodes its pages go to all of them in turn: one node's memory neither fills up nor serves all reads.
-anchor_squashfs__space() {
-    local options=mode=0700,noexec,nosuid,nodev,nr_inodes=64,size=100% error
-    anchor_recall "${ANCHOR_ROOT:-}/sys/devices/system/node/has_memory"
-    case $anchor_recall in
-        *[,-]*) options=$options,mpol=interleave ;;
-    esac
-    error=$({ mkdir -p "$1" && mount -t tmpfs -o "$options" anchor-image "$1"; } 2>&1) && return 0
-    anchor_fail "cannot make a tmpfs for the image: $error"
+    anchor_image_free "$dir"
     return 1
 }
 
@@ -175,20 +154,4 @@ anchor_squashfs__looks_like() {
         '127 69 76 70 '*) printf 'a program' ;;
         *) printf 'something else' ;;
     esac
-}
-
-# usage: anchor_squashfs__seal DIR
-# Cuts the tmpfs to what the image needs and makes it read-only.
-anchor_squashfs__seal() {
-    local error
-    error=$(mount -o "remount,ro,noexec,nosuid,nodev,size=$anchor_squashfs__size" "$1" 2>&1) && return 0
-    anchor_fail "cannot make the image's tmpfs read-only: $error"
-    return 1
-}
-
-# usage: anchor_squashfs__free DIR
-# Unmounts the image's tmpfs, if there is one, and so frees its memory.
-anchor_squashfs__free() {
-    anchor_mounted "$1" || return 0
-    umount "$1" || umount -l "$1"
 }

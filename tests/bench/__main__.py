@@ -1,7 +1,7 @@
 """`./build.sh bench`: this project's initramfs against dracut's own livenet, same machine, same run, same image.
 
 `./build.sh bench fetch` and `./build.sh bench crowd` measure the download alone, `./build.sh bench disk` the writing of
-a disk, `./build.sh bench packages` the RPMs.
+a disk, `./build.sh bench packages` the RPMs, `./build.sh bench registry` the image stages `oci` and `buildah`.
 
 Prints medians, ratios and their spread; writes them to out/bench.json, and where the time of a boot goes as a plot
 beside it (--svg names another place). Nothing here passes or fails: figures do not belong in a timed test.
@@ -28,7 +28,7 @@ from anchor_build.console import Console, format_table
 from anchor_build.errors import AnchorError
 from anchor_build.run import run, start, stop
 from contrib.site import image, pki, servers
-from tests.bench import crowd, disk, fetch, packages, plot
+from tests.bench import crowd, disk, fetch, packages, plot, registry
 
 # What systemd of any version says on the console, in the initramfs and in the booted system.
 SWITCH = re.compile(r"Switch Root")
@@ -264,9 +264,10 @@ def draw(results: dict[str, dict[str, object]], names: list[str]) -> str:
 
 def main() -> None:
     """Run everything, print the table and write the figures."""
-    for name, bench in (("fetch", fetch.main), ("crowd", crowd.main), ("disk", disk.main), ("packages", packages.main)):
+    benches = {"fetch": fetch, "crowd": crowd, "disk": disk, "packages": packages, "registry": registry}
+    for name, bench in benches.items():
         if sys.argv[1:2] == [name]:
-            bench(sys.argv[2:])
+            bench.main(sys.argv[2:])
             return
     parser = argparse.ArgumentParser(prog="build.sh bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="builds and boots of each contender")

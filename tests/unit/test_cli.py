@@ -119,6 +119,7 @@ def test_stages_from_all_sources(anchor: Anchor, installed_package: Path, monkey
         ("transport", "rsync"): "built in",
         ("auth", "token"): "built in",
         ("transport", "s3"): "built in",
+        ("image", "buildah"): "built in",
         ("image", "disk"): "built in",
         ("image", "oci"): "built in",
         ("image", "plain-file"): "entry point site",

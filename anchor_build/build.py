@@ -135,11 +135,14 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
     where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"
+    absent = () if build.systemd else ("systemd",)
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if not binary.optional and build.kernel.root.find_program(binary.name) is None:
+            spare = binary.without and binary.without not in absent and installed.has_module(binary.without)
+            if not spare and not binary.optional and build.kernel.root.find_program(binary.name) is None:
+                reason = f", needed without {binary.without}," if binary.without else ""
                 problems.append(
-                    f"{stage.id}: {binary.name} is missing{where}: install {binary.where}"
+                    f"{stage.id}: {binary.name}{reason} is missing{where}: install {binary.where}"
                     + (dracut.misplaced_program(binary.name) if not where else "")
                 )
         for module in stage.dracut:

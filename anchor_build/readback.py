@@ -84,7 +84,7 @@ def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode
 
 def included_modules(initramfs: Initramfs) -> list[str]:
     """Return the names of the dracut modules that an initramfs has, as dracut wrote them down in it."""
-    member = initramfs.resolve("usr/lib/dracut/modules.txt")
+    member = initramfs.resolve("lib/dracut/modules.txt")
     return member.content.decode("utf-8", "replace").split() if member is not None else []
 
 

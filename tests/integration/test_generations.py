@@ -48,7 +48,7 @@ NETWORKS = {
     "bond": ("bond=bond0:eth0,eth1:mode=active-backup,miimon=100 ip=bond0:dhcp", "bond0", "10.0.2.15"),
 }
 # The cards' addresses in QEMU, and those of its own end of a network.
-CARDS = (bytes.fromhex("525400"), bytes.fromhex("5255"))
+CARDS = (bytes.fromhex("525400"), bytes.fromhex("5255"), bytes.fromhex("5256"))
 FRAMES = "frames.pcap"
 HUB = ("-netdev", "hubport,id=uplink,hubid=0,netdev=wan")
 

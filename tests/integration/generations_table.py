@@ -90,7 +90,7 @@ def refusals() -> list[Refusal]:
         for suite in (DRACUT if is_whole() else (SHARED,))
     ]
     found += [
-        Refusal(suite, "network-manager", "script", "module dbus-daemon cannot be there: it needs the module systemd")
+        Refusal(suite, "network-manager", "script", "with D-Bus only, which needs systemd")
         for suite in (("bookworm", "trixie") if is_whole() else (SHARED,))
     ]
     if is_whole():

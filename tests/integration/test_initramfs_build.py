@@ -320,6 +320,15 @@ def test_inspect_tells_what_the_report_tells(built: Built) -> None:
     assert found.entries["etc/anchor/params"].values["mode"] == "0600"
 
 
+def test_a_command_line_is_checked_by_the_report(built: Built) -> None:
+    argv = [sys.executable, "-m", "anchor_build", "check", "--stage-dir", str(SITE_STAGES), "--initramfs"]
+    line = "root=anchor team=team0:eth0"
+    done = subprocess.run([*argv, built.bench.output, line], cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert built.report["network"] == "systemd-networkd"
+    assert "error: team=team0: systemd-networkd is not told about teams" in done.stderr
+
+
 def test_nothing_is_written_outside_the_output_and_the_cache(built: Built) -> None:
     assert built.strange == []
     kernel = f"vmlinuz-{built.report['kernel']}"

@@ -173,17 +173,6 @@ def test_kernel_and_image_are_checked_against_each_other(system: Path, tmp_path:
     assert ("has no driver nosuch" in ended.stderr) is (kernels != "other")
 
 
-def test_without_systemd_switch_root_has_to_be_there(own_system: Path, tmp_path: Path) -> None:
-    program = Root(own_system).at("/usr/sbin/switch_root")
-    program.rename(program.with_name("gone"))
-    ended = anchor_build(tmp_path, "--sysroot", own_system, "--image", "squashfs", "--no-systemd")
-    program.with_name("gone").rename(program)
-    assert ended.returncode == 1
-    missing = f"anchor: switch_root, needed without systemd, is missing in {own_system}: install util-linux-extra (deb)"
-    assert missing in ended.stderr
-    assert list((tmp_path / "cache/anchor-build").glob("initramfs/*")) == []
-
-
 def test_a_dracut_that_fails_leaves_nothing(system: Path, tmp_path: Path) -> None:
     (tmp_path / "node.img").write_bytes(b"old")
     words = ("--sysroot", system, "--image", "squashfs", "--compress", "false", "-o", "node.img")
@@ -336,6 +325,17 @@ def test_whatever_is_changed_a_build_is_never_stale(
     assert member is not None
     assert member.content == root.at("/usr/bin/curl").read_bytes()
     assert cache.find(key) is None  # the change was a moment ago
+
+
+def test_without_systemd_switch_root_has_to_be_there(own_system: Path, tmp_path: Path) -> None:
+    program = Root(own_system).at("/usr/sbin/switch_root")
+    program.rename(program.with_name("gone"))
+    ended = anchor_build(tmp_path, "--sysroot", own_system, "--image", "squashfs", "--no-systemd")
+    program.with_name("gone").rename(program)
+    assert ended.returncode == 1
+    missing = f"anchor: switch_root, needed without systemd, is missing in {own_system}: install util-linux-extra (deb)"
+    assert missing in ended.stderr
+    assert list((tmp_path / "cache/anchor-build").glob("initramfs/*")) == []
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing")

@@ -5,12 +5,14 @@ test_generations.py boots nodes over both, which needs the kernel's drivers for 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
 import pytest
 
-from tests.shell.conftest import Shell
+from anchor_build.network import BOND_OPTIONS
+from tests.shell.conftest import LIB, Shell
 
 RUN = """
 for lib in report cmdline netdev; do . "$LIB/anchor-$lib.sh"; done
@@ -108,6 +110,11 @@ def test_the_primary_port_is_named_in_its_own_file(shell: Shell) -> None:
     assert shell.run(RUN).returncode == 0
     assert (shell.root / "run/systemd/network/90-eth0.network").read_text() == "[Match]\nName=eth0\n"
     assert (shell.root / "run/systemd/network/90-eth1.network").read_text().endswith("\n[Network]\nPrimarySlave=yes\n")
+
+
+def test_check_knows_the_same_options() -> None:
+    text = (LIB / "anchor-netdev.sh").read_text(encoding="utf-8")
+    assert set(re.findall(r"^ {8}([a-z_]+)=\*\)", text, re.MULTILINE)) == BOND_OPTIONS
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,7 @@ anchor_netdev__vlan() {
 }
 
 # usage: anchor_netdev__bond
-# Without MACAddress=none, and the policy that goes with it, networkd makes up a bond's address: another at each boot.
-# Without an address the kernel takes the first port's, which is the one that a DHCP server knows.
+# Without MACAddress=none networkd makes up a bond's address, as udev does without install-core.sh's file.
 anchor_netdev__bond() {
     local options='' option primary=''
     anchor_cmdline_each anchor_netdev__word
@@ -60,7 +59,6 @@ anchor_netdev__bond() {
             esac
         done
     } >>"$file" || return 1
-    printf '[Match]\nOriginalName=%s\n\n[Link]\nMACAddressPolicy=none\n' "$netdev" >"${file%/*}/10-$netdev.link" || return 1
     for file in "${file%/*}"/[0-9][0-9]-"$primary".network; do
         [ ! -f "$file" ] || printf '\n[Network]\nPrimarySlave=yes\n' >>"$file" || return 1
     done

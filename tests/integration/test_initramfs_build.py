@@ -234,6 +234,8 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
     assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
     assert b"anchor_netdev_run" in content(built, "etc/systemd/system/sysinit.target.wants/anchor-netdev.service")
     assert content(built, "etc/modprobe.d/anchor.conf") == b"options bonding max_bonds=0\n"
+    link = content(built, "etc/systemd/network/10-anchor-bond.link")
+    assert link == b"[Match]\nType=bond\n\n[Link]\nMACAddressPolicy=none\n"
 
 
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:

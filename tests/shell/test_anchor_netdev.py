@@ -63,7 +63,6 @@ def test_what_is_complete_stays(shell: Shell) -> None:
     directory = shell.root / "run/systemd/network"
     assert (directory / "90-eth0.7.netdev").read_text() == vlan
     assert (directory / "90-bond0.netdev").read_text() == bond
-    assert not list(directory.glob("*.link"))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +88,6 @@ def test_a_bond_gets_its_options(shell: Shell, options: str, settings: str) -> N
     done = complete(shell, words, bond0=NETDEV.format("bond", "bond0"))
     assert (done.returncode, done.stderr) == (0, "")
     assert added(shell, "bond0", "bond") == BOND + settings
-    link = (shell.root / "run/systemd/network/10-bond0.link").read_text()
-    assert link == "[Match]\nOriginalName=bond0\n\n[Link]\nMACAddressPolicy=none\n"
 
 
 def test_a_bond_without_options_keeps_the_first_ports_address(shell: Shell) -> None:

@@ -203,11 +203,11 @@ bond's options, which no version up to 262 reads, `mode`, `miimon`, `updelay`, `
 `primary` are passed on; others are named in the journal, and by `anchor-build check --initramfs`. The generator knows
 neither `team=` nor `ip=ibft`.
 
-The network that the image itself configures begins after `switch_root`. systemd-networkd takes a port out of its bond if a
-file there matches the port and does not name the bond, and renews the lease of a bond or VLAN only if a file matches that
-one. The demo's image has `Type=ether bond vlan` in its [one file](../contrib/site/root/etc/systemd/network/80-dhcp.network),
-and leaves alone whatever has something on top of it, which
-[one script](../contrib/site/root/usr/local/sbin/site-links) writes down before networkd starts.
+The network that the image itself configures begins after `switch_root`. systemd-networkd takes a port out of its bond
+where a file there matches the port and does not name the bond, and renews the lease of a bond or VLAN only where a file
+matches that one. The demo's image has `Type=ether bond vlan` in its
+[one file](../contrib/site/root/etc/systemd/network/80-dhcp.network), and leaves alone whatever has something on top of
+it, which [one script](../contrib/site/root/usr/local/sbin/site-links) writes down before networkd starts.
 """
 REFUSED = "A build ends with the reason, and leaves nothing."
 

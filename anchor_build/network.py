@@ -66,5 +66,6 @@ def remarks(words: Sequence[Word], back_end: str = "") -> Iterator[Remark]:
 
 
 def _vlan_number(name: str) -> bool:
-    found = re.search(r"[0-9]+$", name)
-    return found is not None and 1 <= int(found[0]) <= VLAN_MAX
+    # A longer number is none, whatever its value: int() refuses thousands of digits.
+    found = re.search(r"(?<![0-9])0*([1-9][0-9]{0,3})\Z", name)
+    return found is not None and int(found[1]) <= VLAN_MAX

@@ -21,7 +21,7 @@ def test_a_vlan_is_called_by_its_number(name: str) -> None:
     assert said(f"vlan={name}:eth0") == []
 
 
-@pytest.mark.parametrize("name", ["trunk", "eth0.0", "vlan4095", "", "v99999999999999999999"])
+@pytest.mark.parametrize("name", ["trunk", "eth0.0", "vlan4095", "", "v" + "9" * 5000])
 @pytest.mark.parametrize("back_end", ["", *dracut.BACK_ENDS])
 def test_a_vlan_without_a_number_is_an_error(name: str, back_end: str) -> None:
     ((is_error, text),) = said(f"vlan={name}:eth0", back_end)

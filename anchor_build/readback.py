@@ -84,7 +84,9 @@ def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode
 
 def included_modules(initramfs: Initramfs) -> list[str]:
     """Return the names of the dracut modules that an initramfs has, as dracut wrote them down in it."""
-    member = initramfs.resolve("lib/dracut/modules.txt")
+    # In /lib, which is a link to /usr/lib in most systems.
+    found = (initramfs.resolve(f"{top}/dracut/modules.txt") for top in ("lib", "usr/lib"))
+    member = next(filter(None, found), None)
     return member.content.decode("utf-8", "replace").split() if member is not None else []
 
 

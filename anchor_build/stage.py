@@ -78,8 +78,8 @@ class Binary:
     """A program that a stage needs on the node, and the packages that have it (`-` where there is none).
 
     `suse` is empty where SUSE's package has the name that `rpm` says. An `optional` one is taken where it is there. One
-    that is there `without` a dracut module is needed only in an initramfs that does not have that module. `since` is the
-    packages' version that has it first, where older ones are about.
+    that is there `without` a dracut module is needed only in an initramfs that does not have that module. `since` is
+    the packages' version that has it first, where older ones are about.
     """
 
     name: str

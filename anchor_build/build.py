@@ -21,6 +21,7 @@ from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
+from anchor_build.network import expected_back_end
 from anchor_build.oci import Access
 from anchor_build.plan import Plan
 from anchor_build.render import RenderedModule, module_digest, render_plan
@@ -135,11 +136,14 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
     where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"
+    absent = () if build.systemd else ("systemd",)
     for stage in build.plan.all:
         for binary in stage.binaries:
-            if not binary.optional and build.kernel.root.find_program(binary.name) is None:
+            spare = binary.without and binary.without not in absent and installed.has_module(binary.without)
+            if not spare and not binary.optional and build.kernel.root.find_program(binary.name) is None:
+                reason = f", needed without {binary.without}," if binary.without else ""
                 problems.append(
-                    f"{stage.id}: {binary.name} is missing{where}: install {binary.where}"
+                    f"{stage.id}: {binary.name}{reason} is missing{where}: install {binary.where}"
                     + (dracut.misplaced_program(binary.name) if not where else "")
                 )
         for module in stage.dracut:
@@ -236,10 +240,12 @@ def _prepare(
         (work / "ldd").write_text(dracut.ldd_script(linker), encoding="utf-8")
         (work / "ldd").chmod(0o755)
     (work / "tmp").mkdir()
+    # dracut's own choice may be one that cannot be there without systemd.
+    network = build.network or ("" if build.systemd else expected_back_end(installed, systemd=False))
     return dracut.Request(
         kernel=build.kernel,
         modules=dracut.choose_modules(
-            installed, build.plan, build.driver_set.modules, network=build.network, systemd=build.systemd
+            installed, build.plan, build.driver_set.modules, network=network, systemd=build.systemd
         ),
         drivers=wanted_names((*build.driver_set.drivers, *build.drivers), build.kernel.driver_names()),
         compress=build.compress or dracut.choose_compression(build.kernel, root),
@@ -321,6 +327,7 @@ def _verify(
         "anchor_build": __version__,
         "dracut": installed.version_text,
         "dracut_modules": list(request.modules),
+        "network": next((name for name in dracut.BACK_ENDS if name in readback.included_modules(initramfs)), ""),
         "kernel": build.kernel.release,
         "driver_set": build.driver_set.name,
         "build_time": int(site["build-time"]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from anchor_build import paramtypes
 from anchor_build.cmdline import COMMAND_LINE_MAX, Word, split
+from anchor_build.network import remarks
 from anchor_build.plan import Plan, chooses_absent
 from anchor_build.settings import Setting, unknown_parameter
 from anchor_build.stage import PREFIX, Param, Stage, missing_of
@@ -45,12 +46,21 @@ class _Check:
     chosen: dict[str, str] = field(default_factory=dict)
 
 
-def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = (), *, signed: bool = False) -> CheckResult:
+def check_command_line(
+    plan: Plan,
+    line: str,
+    baked: Sequence[Setting] = (),
+    *,
+    signed: bool = False,
+    back_end: str = "",
+    impossible: Sequence[str] = (),
+) -> CheckResult:
     """Find everything wrong with a kernel command line at once.
 
-    `signed` says that the initramfs holds a manifest key.
+    `signed` says that the initramfs holds a manifest key, `back_end` what brings up its network, if that is known;
+    `impossible` says why there can be no such initramfs.
     """
-    state = _Check(plan)
+    state = _Check(plan, list(impossible))
     for setting in baked:
         state.given[setting.param.key] = Given(setting.param.key, setting.value, baked=True)
     if len(line.encode(errors="surrogateescape")) > COMMAND_LINE_MAX:
@@ -62,6 +72,8 @@ def check_command_line(plan: Plan, line: str, baked: Sequence[Setting] = (), *, 
     spellings = {name: param for _, param in plan.params for name in param.names}
     for word in words:
         _take(state, word, spellings)
+    for remark in remarks(words, back_end):
+        (state.errors if remark.is_error else state.warnings).append(remark.text)
     for _, param in plan.params:
         _normalise(state, param)
     manifest = state.values.get(MANIFEST, "")

@@ -94,7 +94,7 @@ def stage_text(stage: Stage) -> str:
         ("dracut module", stage.module),
         ("needs dracut", ", ".join(stage.dracut)),
         ("drivers", ", ".join(stage.drivers)),
-        ("programs", ", ".join(f"{b.name}{' (optional)' if b.optional else ''}" for b in stage.binaries)),
+        ("programs", ", ".join(b.name + b.remark for b in stage.binaries)),
         ("URL schemes", ", ".join(stage.schemes)),
         ("excludes", ", ".join(stage.conflicts)),
         ("comes from", stage.origin),
@@ -166,7 +166,7 @@ def _programs(stage: Stage) -> str:
     packages: dict[str, list[str]] = {}
     for binary in stage.binaries:
         same = binary.deb == binary.rpm and binary.suse in ("", binary.rpm)
-        name = f"`{binary.name}`" + (" (optional)" if binary.optional else "")
+        name = f"`{binary.name}`" + binary.remark
         packages.setdefault(binary.deb if same else binary.where, []).append(name)
     return "; ".join(f"{' '.join(names)} from {package}" for package, names in packages.items())
 

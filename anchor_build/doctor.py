@@ -93,7 +93,8 @@ def _program(owner: str, binary: Binary, *, needed: bool = True) -> Finding:
 def _copied_program(owner: str, binary: Binary) -> Finding:
     path = HOST.find_program(binary.name)
     detail = str(path) if path else f"not found{dracut.misplaced_program(binary.name)}"
-    return _finding(f"{owner}: {binary.name}", path, detail, binary, not binary.optional)
+    label = f"{owner}: {binary.name}{binary.remark if binary.without else ''}"
+    return _finding(label, path, detail, binary, not binary.remark)
 
 
 def _finding(what: str, path: Path | None, detail: str, binary: Binary, needed: bool) -> Finding:

@@ -36,6 +36,10 @@ VIRTUAL_DEVICES = (
 )
 # dracut's modules for D-Bus: the first asks for one of the others.
 BUS_MODULES = ("dbus", "dbus-broker", "dbus-daemon")
+NEEDS_SYSTEMD = "--network {} needs systemd in the initramfs: leave out --no-systemd"
+# A module that asks for D-Bus whatever else there is; since 110 network-manager does so beside systemd only. D-Bus is
+# there with systemd alone.
+NEEDS_DBUS = re.compile(r"^ {4}echo [^\n]*\bdbus\b", re.MULTILINE)
 EMPTY_MODULE = "#!/bin/bash\ncheck() {\n    return 255\n}\ninstall() {\n    :\n}\n"
 VERSION = re.compile(r"(?:DRACUT_VERSION=['\"]?|dracut )([0-9]+)([^'\"\s]*)")
 DPKG_VERSION = re.compile(r"^Package: dracut-core\n(?:[^\n]+\n)*?Version: ([0-9]+)([^\s]*)", re.MULTILINE)
@@ -164,10 +168,15 @@ def unused_modules(dracut: Dracut, network: str = "", *, systemd: bool = True) -
 def network_problem(dracut: Dracut, network: str, *, systemd: bool) -> str:
     """Return why this dracut cannot bring up the network as it was asked to, with what to do; "" where it can."""
     where = "" if dracut.root.is_host else f" in {dracut.root.name}"
-    offered = [name for name in BACK_ENDS if dracut.has_module(name) and (systemd or name != BACK_ENDS[0])]
+    offered = [name for name in BACK_ENDS if dracut.has_module(name) and (systemd or not _needs_systemd(dracut, name))]
     instead = f"; it has {', '.join(offered)}" if offered else ""
-    if network == BACK_ENDS[0] and not systemd:
-        return f"--network {network} needs systemd in the initramfs: leave out --no-systemd"
+    if not systemd and network == BACK_ENDS[0]:
+        return NEEDS_SYSTEMD.format(network)
+    if not systemd and network and _needs_systemd(dracut, network):
+        return (
+            f"--network {network}: dracut {dracut.version_text}{where} has it with D-Bus only, which needs systemd in"
+            f" the initramfs: leave out --no-systemd{instead}"
+        )
     if network == "network-legacy" and not dracut.has_module(network) and dracut.has_module("network"):
         return (
             f"--network {network}: dracut {dracut.version_text}{where} has no module {network}, which dracut no longer"
@@ -182,6 +191,13 @@ def network_problem(dracut: Dracut, network: str, *, systemd: bool) -> str:
     if program and not any(dracut.root.at(path).exists() for path in program[0]):
         return f"--network {network}: {program[1]} is missing{where}: install {program[2]}"
     return ""
+
+
+def _needs_systemd(dracut: Dracut, back_end: str) -> bool:
+    if back_end == BACK_ENDS[0]:
+        return True
+    scripts = dracut.root.at(dracut.base / "modules.d").glob(f"[0-9][0-9]{back_end}/module-setup.sh")
+    return any(NEEDS_DBUS.search(script.read_text(encoding="utf-8", errors="replace")) for script in scripts)
 
 
 def has_networkd(root: Root) -> bool:

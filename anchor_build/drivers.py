@@ -145,8 +145,9 @@ def _interfaces(sys: Path) -> dict[Path, str]:
 
 
 def list_text(bound: Sequence[Bound], release: str) -> str:
-    """Return a list of drivers as a file for --drivers."""
-    lines = [f"# The drivers of a node's devices (kernel {release}): anchor-build drivers --from-host"]
+    """Return a list of drivers as a file for --drivers; `release` is the node's kernel, or "" if it is not known."""
+    kernel = f" (kernel {release})" if release else ""
+    lines = [f"# The drivers of a node's devices{kernel}: anchor-build drivers --from-host"]
     width = max((len(entry.driver) for entry in bound), default=0)
     lines += [f"{entry.driver:<{width}}  # {', '.join(entry.devices)}" for entry in bound]
     return "\n".join(lines) + "\n"

@@ -119,6 +119,22 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return stage_dir_option(command)
 
 
+def network_options(function: F) -> F:
+    """Add --network and --systemd."""
+    function = click.option(
+        "--systemd/--no-systemd",
+        cls=SharedOption,
+        default=True,
+        help="Whether systemd runs in the initramfs, where it is installed, or dracut's own script. Default: it does.",
+    )(function)
+    return click.option(
+        "--network",
+        cls=SharedOption,
+        type=click.Choice(["systemd-networkd", "network-manager", "network-legacy"]),
+        help="What brings up the network. Default: systemd-networkd where it is installed, else what dracut takes.",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)

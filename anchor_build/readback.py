@@ -34,12 +34,14 @@ def missing(
     drivers = {
         _driver_name(path) for path in initramfs.members if ".ko" in path.rpartition("/")[2]
     } | kernel.builtin_names()
+    included = included_modules(initramfs)
     for driver in extra_drivers:
         if is_promised(driver) and driver.replace("-", "_") not in drivers:
             problems.append(f"--add-drivers: the driver {driver} is not inside")
     for stage, module in zip(plan.all, modules, strict=True):
         for binary in stage.binaries:
-            if not binary.optional and find_program(initramfs, binary.name) is None:
+            wanted = not binary.optional and (not binary.without or binary.without not in included)
+            if wanted and find_program(initramfs, binary.name) is None:
                 problems.append(f"{stage.id}: the program {binary.name} is not inside")
         for driver in stage.drivers:
             if is_promised(driver) and driver.replace("-", "_") not in drivers:
@@ -78,6 +80,14 @@ def _compare(initramfs: Initramfs, owner: str, target: str, content: bytes, mode
     if mode is not None and member.mode & 0o7777 != mode:
         return [f"{owner}: {target} has mode {member.mode & 0o7777:04o} instead of {mode:04o}"]
     return []
+
+
+def included_modules(initramfs: Initramfs) -> list[str]:
+    """Return the names of the dracut modules that an initramfs has, as dracut wrote them down in it."""
+    # In /lib, which is a link to /usr/lib in most systems.
+    found = (initramfs.resolve(f"{top}/dracut/modules.txt") for top in ("lib", "usr/lib"))
+    member = next(filter(None, found), None)
+    return member.content.decode("utf-8", "replace").split() if member is not None else []
 
 
 def find_program(initramfs: Initramfs, name: str) -> Member | None:

@@ -27,6 +27,7 @@ ENVIRONMENT = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
 WORK = Path("/tmp/anchor-build")  # noqa: S108 - a tmpfs of its own
 WRITABLE = ("run", "tmp", "var/tmp")
 TOOLS = ("unshare", "setpriv", "mount", "chroot")
+TOP_HINT = "name the top directory of an installed system, the one that holds usr and etc"
 MAX_LINKS = 40
 # Which programs of another processor each of them runs as well.
 ALSO_RUNS = {"x86_64": {"i386"}}
@@ -145,17 +146,20 @@ class Root:
 HOST = Root()
 
 
-def open_root(directory: Path, label: str = "", identity: str = "") -> Root:
-    """Return the system below `directory`; raises AnchorError when nothing of it could run here."""
+def open_root(directory: Path, label: str = "", identity: str = "", *, to_run: bool = True) -> Root:
+    """Return the system below `directory`; raises AnchorError when nothing of it could run here.
+
+    What is only looked at needs none of that: not `to_run`.
+    """
     what = label or f"--sysroot {directory}"
     try:
         path = directory.resolve(strict=True)
         if not path.is_dir():
             raise NotADirectoryError(20, os.strerror(20))
     except OSError as error:
-        raise AnchorError(f"{what}: {error.strerror}") from None
+        raise AnchorError(f"{what}: {error.strerror}", TOP_HINT) from None
     root = Root(path, label, identity)
-    if root.is_host:
+    if root.is_host or not to_run:
         return root
     problems = [f"{name} is missing: install util-linux or coreutils" for name in TOOLS if which(name) is None]
     if os.geteuid() != 0:
@@ -166,7 +170,7 @@ def open_root(directory: Path, label: str = "", identity: str = "") -> Root:
     if not shell.is_file() or not os.access(shell, os.X_OK):
         raise AnchorError(
             f"{what}: has no /bin/sh: nothing can run in it",
-            "name the top directory of an installed system, the one that holds usr and etc",
+            TOP_HINT,
         )
     theirs, ours = machine_of(shell), machine_of(Path("/proc/self/exe")) or platform.machine()
     if theirs and theirs != ours and theirs not in ALSO_RUNS.get(ours, ()):

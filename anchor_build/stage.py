@@ -32,6 +32,7 @@ PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*|-")
 PACKAGE_VERSION = re.compile(r"[0-9][0-9.]*")
 # "NAME < VERSION", as in a spec file
 RPM_RELATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]* (?:<|<=|=) [0-9][A-Za-z0-9.+~^_]*")
+MODULE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
 DRIVER = re.compile(r"=?[A-Za-z0-9][A-Za-z0-9_/-]*\??")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -76,8 +77,9 @@ class Param:
 class Binary:
     """A program that a stage needs on the node, and the packages that have it (`-` where there is none).
 
-    `suse` is empty where SUSE's package has the name that `rpm` says. An `optional` one is taken where it is there.
-    `since` is the packages' version that has it first, where older ones are about.
+    `suse` is empty where SUSE's package has the name that `rpm` says. An `optional` one is taken where it is there. One
+    that is there `without` a dracut module is needed only in an initramfs that does not have that module. `since` is
+    the packages' version that has it first, where older ones are about.
     """
 
     name: str
@@ -86,6 +88,12 @@ class Binary:
     suse: str = ""
     optional: bool = False
     since: str = ""
+    without: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What restricts the need of it, to follow its name; empty where it is always needed."""
+        return " (optional)" if self.optional else f" (without {self.without})" if self.without else ""
 
     @property
     def where(self) -> str:
@@ -319,7 +327,10 @@ def _read_binary(table: _Table) -> Binary:
         suse=table.text("suse", PACKAGE),
         optional=table.flag("optional"),
         since=table.text("since", PACKAGE_VERSION),
+        without=table.text("without", MODULE_NAME),
     )
+    if binary.optional and binary.without:
+        table.problem("without", "makes no sense for an optional program")
     table.refuse_rest()
     return binary
 

@@ -42,13 +42,13 @@ anchor_netdev__vlan() {
 }
 
 # usage: anchor_netdev__bond
-# Without MACAddress=none, and the policy that goes with it, networkd makes up a bond's address: another at each boot.
-# Without an address the kernel takes the first port's, which is the one that a DHCP server knows.
+# Without MACAddress= networkd makes up a bond's address, as udev does without install-core.sh's file.
 anchor_netdev__bond() {
-    local options='' option primary=''
+    local options='' option primary='' ports='' address=none
     anchor_cmdline_each anchor_netdev__word
+    anchor_netdev__address
     {
-        printf '\n[NetDev]\nMACAddress=none\n\n[Bond]\n'
+        printf '\n[NetDev]\nMACAddress=%s\n\n[Bond]\n' "$address"
         while [ -n "$options" ]; do
             option=${options%%,*}
             options=${options#"$option"}
@@ -60,20 +60,53 @@ anchor_netdev__bond() {
             esac
         done
     } >>"$file" || return 1
-    printf '[Match]\nOriginalName=%s\n\n[Link]\nMACAddressPolicy=none\n' "$netdev" >"${file%/*}/10-$netdev.link" || return 1
     for file in "${file%/*}"/[0-9][0-9]-"$primary".network; do
         [ ! -f "$file" ] || printf '\n[Network]\nPrimarySlave=yes\n' >>"$file" || return 1
     done
 }
 
 # usage: anchor_netdev__word NAME VALUE HAS_VALUE
-# Called for each word of the command line. Sets the caller's options for bond=$netdev:PORTS:OPTIONS[:MTU].
+# Called for each word of the command line. Sets the caller's ports and options for bond=$netdev:PORTS[:OPTIONS[:MTU]].
 anchor_netdev__word() {
+    case $1=$2 in
+        "bond=$netdev:"*)
+            ports=${2#*:}
+            ports=${ports%%:*}
+            ;;
+    esac
     case $1=$2 in
         "bond=$netdev:"*:*)
             options=${2#*:*:}
             options=${options%%:*}
             ;;
+    esac
+}
+
+# usage: anchor_netdev__address
+# Sets the caller's address, where systemd is older than 250 and does not know that a bond can do without one, to that of
+# its first port. Whose driver may not be loaded yet: waits up to 20 s for it.
+anchor_netdev__address() {
+    local port="${ports%%,*}" version tries=0 found
+    version=$(systemctl --version 2>/dev/null)
+    version=${version#systemd }
+    version=${version%%[!0-9]*}
+    [ "${version:-250}" -lt 250 ] || return 0
+    case $port in
+        '' | */* | .*) return 0 ;;
+    esac
+    port="${ANCHOR_ROOT:-}/sys/class/net/$port"
+    until [ -e "$port/address" ]; do
+        if [ "$tries" -ge 200 ]; then
+            anchor_warn "bond=$netdev: its first port ${port##*/} is not there; the bond gets an address of systemd's making"
+            return 0
+        fi
+        tries=$((tries + 1))
+        sleep 0.1 2>/dev/null || sleep 1
+    done
+    found=$(cat "$port/address" 2>/dev/null)
+    case $found in
+        '' | *[!0-9a-f:]*) ;;
+        *) address=$found ;;
     esac
 }
 

@@ -9,7 +9,7 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.oci import Access
-from anchor_build.options import Choice, json_option, registry_options, set_option, stage_options
+from anchor_build.options import Choice, json_option, network_options, registry_options, set_option, stage_options
 
 DRIVERS_HELP = (
     "Which drivers beside those of the stages: minimal (virtual machines), network (every wired network card; the"
@@ -85,16 +85,7 @@ DRIVERS_HELP = (
     metavar="NAMES",
     help="More kernel drivers, separated by spaces or commas.",
 )
-@click.option(
-    "--network",
-    type=click.Choice(["systemd-networkd", "network-manager", "network-legacy"]),
-    help="What brings up the network. Default: systemd-networkd where it is installed, else what dracut takes.",
-)
-@click.option(
-    "--systemd/--no-systemd",
-    default=True,
-    help="Whether systemd runs in the initramfs, where it is installed, or dracut's own script. Default: it does.",
-)
+@network_options
 @click.option(
     "--compress",
     metavar="COMMAND",
@@ -170,6 +161,7 @@ def command(
         raise click.UsageError("--sysroot and --container exclude each other.")
 
     plan = choice.plan()
+    wanted_drivers = driver_set(drivers)
     with ExitStack() as stack:
         if container is not None:
             root = stack.enter_context(opened(container, access, console.step))
@@ -193,7 +185,7 @@ def command(
             ),
             embedded=embedded,
             access=access,
-            driver_set=driver_set(drivers),
+            driver_set=wanted_drivers,
             network=network or "",
             systemd=systemd,
             copy_kernel=copy_kernel,

@@ -10,7 +10,7 @@ from typing import Any
 from anchor_build.cpio import Initramfs, read_initramfs
 from anchor_build.files import sha256
 from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
-from anchor_build.readback import driver_dependencies, measure_stages
+from anchor_build.readback import driver_dependencies, included_modules, measure_stages
 from anchor_build.registry import Registry, load_registry
 from anchor_build.settings import holds_secret, shown_value
 from anchor_build.stage import Stage
@@ -45,7 +45,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
         ),
         "dracut": _release(initramfs, "DRACUT_VERSION"),
         "system": _release(initramfs, "PRETTY_NAME"),
-        "dracut_modules": _text(initramfs, "usr/lib/dracut/modules.txt").split(),
+        "dracut_modules": included_modules(initramfs),
         "drivers": list(contents.drivers),
         "settings": settings,
         "ca_certificates": _fingerprints(initramfs, "etc/anchor/ca.pem", CERTIFICATE),

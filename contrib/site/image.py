@@ -42,7 +42,7 @@ DPKG_OPTIONS = (
     *(f"path-exclude=/usr/share/{name}/*" for name in LEFT_OUT),
     *("path-exclude=/etc/kernel/*", "path-exclude=/usr/lib/udev/hwdb.d/*"),
 )
-ENABLED = ("systemd-networkd.service", "site-ssh.service", "site-names.service")
+ENABLED = ("systemd-networkd.service", "site-ssh.service", "site-names.service", "site-links.service")
 # What waits for a bus, a clock, a disk or a screen that the node does not have.
 MASKED = (
     *("systemd-logind.service", "systemd-timesyncd.service", "systemd-networkd-wait-online.service"),

@@ -57,6 +57,10 @@ install_site() {
 install_network() {
     # Host names are looked up through DNS; before glibc 2.34 that is a library of its own.
     inst_libdir_file -o "libnss_dns.so.*" "libnss_files.so.*"
+    # udev makes up an address for a bond, another at each boot, where no file says otherwise. Without one the kernel takes
+    # the first port's, which is the one that a DHCP server knows.
+    mkdir -p "$initdir/etc/systemd/network" || exit 1
+    printf '[Match]\nType=bond\n\n[Link]\nMACAddressPolicy=none\n' >"$initdir/etc/systemd/network/10-anchor-bond.link" || exit 1
     if ! dracut_module_included systemd-networkd; then
         ! dracut_module_included network-manager || install_network_manager
         dracut_need_initqueue

@@ -90,7 +90,7 @@ def refusals() -> list[Refusal]:
         for suite in (DRACUT if is_whole() else (SHARED,))
     ]
     found += [
-        Refusal(suite, "network-manager", "script", "module dbus-daemon cannot be there: it needs the module systemd")
+        Refusal(suite, "network-manager", "script", "with D-Bus only, which needs systemd")
         for suite in (("bookworm", "trixie") if is_whole() else (SHARED,))
     ]
     if is_whole():
@@ -193,12 +193,21 @@ some.
 | vlan | `vlan=eth0.7:eth0 ip=eth0.7:dhcp`; what has no tag is dropped |
 | bond | `bond=bond0:eth0,eth1:mode=active-backup,miimon=100 ip=bond0:dhcp` |
 
+Each row with an address is checked for it, and a bond for its mode, for an address that is one of its cards' (by the
+frames that it sends), and for its ports, which it still has at multi-user.
+
 Over systemd-networkd, the core completes what systemd's own generator makes of the command line
 (`lib/anchor-netdev.sh`): the number of a VLAN, which systemd 247 leaves out, is what its name ends with; and of a
 bond's options, which no version up to 262 reads, `mode`, `miimon`, `updelay`, `downdelay`, `arp_interval`,
 `arp_ip_target`, `arp_validate`, `xmit_hash_policy`, `lacp_rate`, `ad_select`, `fail_over_mac`, `min_links` and
-`primary` are passed on; others are named in the journal. The network that the image itself configures begins after
-`switch_root`: it has to know the VLAN or bond, or leave it alone.
+`primary` are passed on; others are named in the journal, and by `anchor-build check --initramfs`. The generator knows
+neither `team=` nor `ip=ibft`.
+
+The network that the image itself configures begins after `switch_root`. systemd-networkd takes a port out of its bond
+where a file there matches the port and does not name the bond, and renews the lease of a bond or VLAN only where a file
+matches that one. The demo's image has `Type=ether bond vlan` in its
+[one file](../contrib/site/root/etc/systemd/network/80-dhcp.network), and leaves alone whatever has something on top of
+it, which [one script](../contrib/site/root/usr/local/sbin/site-links) writes down before networkd starts.
 """
 REFUSED = "A build ends with the reason, and leaves nothing."
 

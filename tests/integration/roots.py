@@ -32,12 +32,13 @@ PACKAGES = (
     *("iproute2", "iputils-arping", "network-manager", "chrony", "ca-certificates", "curl", "openssl", "uacme"),
     *("socat", "e2fsprogs"),
 )
-# What only some releases have: systemd's resolver as a package of its own, the client of network-legacy.
+# What only some releases have: systemd's resolver as a package of its own, the client of network-legacy, switch_root in
+# a package that not every system has.
 MORE = {
     "bullseye": ("isc-dhcp-client",),
     "bookworm": ("systemd-resolved", "isc-dhcp-client", "procps"),
     "trixie": ("systemd-resolved", "isc-dhcp-client"),
-    "forky": ("systemd-resolved",),
+    "forky": ("systemd-resolved", "util-linux-extra"),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -46,6 +47,9 @@ NETWORKS = {
     "vlan": (f"vlan=eth0.{VLAN}:eth0 ip=eth0.{VLAN}:dhcp", f"eth0.{VLAN}", "10.0.2.15"),
     "bond": ("bond=bond0:eth0,eth1:mode=active-backup,miimon=100 ip=bond0:dhcp", "bond0", "10.0.2.15"),
 }
+# The cards' addresses in QEMU, and those of its own end of a network.
+CARDS = (bytes.fromhex("525400"), bytes.fromhex("5255"), bytes.fromhex("5256"))
+FRAMES = "frames.pcap"
 HUB = ("-netdev", "hubport,id=uplink,hubid=0,netdev=wan")
 
 
@@ -174,6 +178,7 @@ def cabled(network: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> It
     elif network == "bond":
         options = ["-netdev", "hubport,id=net0,hubid=0", *HUB, "-netdev", "hubport,id=net1,hubid=0"]
         options += ["-device", "virtio-net-pci,netdev=net1,romfile="]
+        options += ["-object", f"filter-dump,id=dump,netdev=wan,file={directory / FRAMES}"]
         with wired(Wires(tuple(options), network="user,id=wan"), directory, monkeypatch):
             yield
     elif network == "vlan":
@@ -216,16 +221,33 @@ def boot(
         return qemu.boot(machine, timeout=LIMIT_S, console=console)
 
 
-def wrong(combination: Combination, boot_json: Mapping[str, Any], console: Path) -> str:
+def senders(dump: Path) -> set[bytes]:
+    """Return the addresses that sent a frame, by what QEMU's filter-dump wrote (pcap-savefile(5), little-endian)."""
+    data = dump.read_bytes()
+    found, at = set(), 24
+    while at + 16 <= len(data):
+        found.add(data[at + 22 : at + 28])
+        at += 16 + int.from_bytes(data[at + 8 : at + 12], "little")
+    return found
+
+
+def wrong(combination: Combination, boot_json: Mapping[str, Any], directory: Path) -> str:
     """Return what is wrong with the network that a node came up with, or nothing."""
     step = next(step for step in boot_json["steps"] if step["step"] == "network")
     _, interface, address = NETWORKS[combination.network]
     if step["interface"] != interface or not step["address"].startswith(address):
         return f"the node came up with {step['address']} at {step['interface']}"
-    # What the kernel says of a port in the mode active-backup only.
-    enslaved = "Enslaving as a backup interface"
-    if combination.network == "bond" and enslaved not in console.read_text(encoding="utf-8", errors="replace"):
-        return "the bond is not in the mode active-backup"
+    if combination.network == "bond":
+        console = (directory / "console.log").read_text(encoding="utf-8", errors="replace")
+        # What the kernel says of a port in the mode active-backup only.
+        if "Enslaving as a backup interface" not in console:
+            return "the bond is not in the mode active-backup"
+        if re.search(r"\(slave eth\d\): Releasing \w+ interface", console):
+            return "the image took a port out of the bond"
+        # A DHCP server knows the cards' addresses, not what somebody made up for the bond.
+        made_up = [mac.hex(":") for mac in senders(directory / "wires" / FRAMES) if not mac.startswith(CARDS)]
+        if made_up:
+            return f"the bond has the address {made_up[0]}"
     return ""
 
 
@@ -237,7 +259,7 @@ def test_it_boots_to_multi_user(
     result = boot(combination, built, site, tmp_path, monkeypatch)
     switched = next((event.at_ms for event in result.events if isinstance(event, SwitchRoot)), 0)
     ready = (result.boot_json or {}).get("ready_ms", 0)
-    problem = result.reason or wrong(combination, result.boot_json or {}, tmp_path / "console.log")
+    problem = result.reason or wrong(combination, result.boot_json or {}, tmp_path)
     table.record(
         combination,
         built.report,

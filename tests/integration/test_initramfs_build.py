@@ -210,7 +210,7 @@ def test_everything_that_the_stages_promise_is_inside(built: Built) -> None:
             assert member.content == module.files[source].content, target
             assert member.mode & 0o7777 == mode, target
         for binary in stage.binaries:
-            assert find_program(built.initramfs, binary.name) is not None, binary.name
+            assert binary.without == "systemd" or find_program(built.initramfs, binary.name) is not None, binary.name
     assert {"overlay", "loop", "squashfs", "virtio_net", "virtio_balloon", "dummy"} <= set(built.report["drivers"])
     assert "no_such_driver" not in built.report["drivers"]
 
@@ -234,6 +234,8 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
     assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
     assert b"anchor_netdev_run" in content(built, "etc/systemd/system/sysinit.target.wants/anchor-netdev.service")
     assert content(built, "etc/modprobe.d/anchor.conf") == b"options bonding max_bonds=0\n"
+    link = content(built, "etc/systemd/network/10-anchor-bond.link")
+    assert link == b"[Match]\nType=bond\n\n[Link]\nMACAddressPolicy=none\n"
 
 
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
@@ -318,6 +320,15 @@ def test_inspect_tells_what_the_report_tells(built: Built) -> None:
     assert len(facts["ca_certificates"]) == 1
     assert "private_keys" not in facts
     assert found.entries["etc/anchor/params"].values["mode"] == "0600"
+
+
+def test_a_command_line_is_checked_by_the_report(built: Built) -> None:
+    argv = [sys.executable, "-m", "anchor_build", "check", "--stage-dir", str(SITE_STAGES), "--initramfs"]
+    line = "root=anchor team=team0:eth0"
+    done = subprocess.run([*argv, built.bench.output, line], cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert built.report["network"] == "systemd-networkd"
+    assert "error: team=team0: systemd-networkd is not told about teams" in done.stderr
 
 
 def test_nothing_is_written_outside_the_output_and_the_cache(built: Built) -> None:

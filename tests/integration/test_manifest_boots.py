@@ -59,16 +59,20 @@ def published(
 
 
 def test_a_signed_manifest_boots_an_erofs_image(site: Site, published: Published, tmp_path: Path) -> None:
+    """Over plain HTTP, at an address that the command line says."""
     built = json.loads(Path(f"{published.initrd}.json").read_text(encoding="utf-8"))
     (key,) = built["manifest_keys"]
     assert built["manifest_since"] > time.time() - 3600
-    append = f"root=anchor rd.anchor.manifest={published.url}/node.erofs.manifest,{published.url}/absent"
+    append = f"root=anchor rd.anchor.manifest={published.url}/node.erofs.manifest,{published.url}/absent "
+    append += "ip=10.0.2.77::10.0.2.2:255.255.255.0:static.example:eth0:off net.ifnames=0"
     result = qemu.boot(site.machine(published.initrd, append), timeout=LIMIT_S, console=tmp_path / "console.log")
     assert result.ok, result
     report = result.boot_json
     assert report is not None
     steps = {step["step"]: step for step in report["steps"]}
     assert list(steps) == ["network", "clock", "auth", "manifest", "image", "mount", "overlay"]
+    assert report["node"] == "static.example"
+    assert steps["network"]["address"] == "10.0.2.77"
     (image,) = published.www.glob("node-*.erofs")
     assert steps["image"]["format"] == "erofs"
     assert steps["image"]["bytes"] == steps["manifest"]["image_bytes"] == image.stat().st_size

@@ -78,13 +78,17 @@ def test_failures_are_counted_over_reboots_and_forgotten(
     shutil.copyfile(found[0][1], store)
     append = f"root=anchor squashfs_mount_only=/node.squashfs {site.digest} "
     machine = replace(site.machine(initrd, append), firmware=(Path(found[0][0]), store), forwards=())
-    failing = replace(
-        machine, append=f"{append} rd.anchor.fetch.attempts=many rd.anchor.on_failure=reboot rd.anchor.reboot_delay=0"
-    )
+    wrong = "rd.anchor.fetch.attempts=many rd.anchor.sqashfs.sha256=x rd.anchor.squashfs.url=http://10.0.2.2/x"
+    failing = replace(machine, append=f"root=anchor {wrong} rd.anchor.on_failure=reboot rd.anchor.reboot_delay=0")
     assert counted(store) == []
     console = run_to_its_end(failing, tmp_path / "failing")
     assert "anchor: failure 1 in a row, as the firmware counts" in console, console[-3000:]
     assert counted(store) == [1]
+    # What was wrong with the parameters, all of it, and what to do.
+    reason, todo = (next(line for line in console.splitlines() if word in line) for word in ("why: ", "what to do: "))
+    for name in ("rd.anchor.fetch.attempts", "rd.anchor.sqashfs.sha256", "rd.anchor.squashfs.url"):
+        assert name in reason
+    assert "anchor-build check" in todo
     # As far as the booted system: what was in the initramfs is removed at switch_root, but for what is mounted.
     result = qemu.boot(machine, timeout=LIMIT_S, console=tmp_path / "console.log")
     assert result.ok, result

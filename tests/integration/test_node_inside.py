@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +111,21 @@ def test_every_step_was_reported_over_tls(acme_node: Node, site: Site) -> None:
     ends = [{key: event[key] for key in event.keys() - envelope} for event in events if event["event"] == "end"]
     assert ends == acme_node.report["steps"]
     assert ends[3]["bytes"] == site.root_image.squashfs.stat().st_size
+
+
+def test_its_sysfs_tells_its_drivers(acme_node: Node, tmp_path: Path) -> None:
+    """As doc/building.md says; the node has no Python."""
+    listed = "find . \\( -type d -o -type l \\) -print0 | tar -cz --null --no-recursion -T -"
+    packed = acme_node.host.check_output(f"cd /sys && {listed} | base64 -w 0")
+    (tmp_path / "sys").mkdir()
+    subprocess.run(["tar", "-xz", "-C", tmp_path / "sys"], input=base64.b64decode(packed), check=True)
+    argv = [sys.executable, "-m", "anchor_build", "drivers", "--from-host", "--sysfs", str(tmp_path / "sys")]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    drivers = {line.split()[0]: line for line in told.splitlines() if not line.startswith("#")}
+    loaded = {line.split()[0] for line in acme_node.host.check_output("cat /proc/modules").splitlines()}
+    assert {"virtio_net", "virtio_pci", "virtio_rng"} <= drivers.keys() <= loaded
+    step = next(step for step in acme_node.report["steps"] if step["step"] == "network")
+    assert f"({step['interface']})" in drivers["virtio_net"]
 
 
 def test_the_store_saw_the_nodes_certificate(acme_node: Node, site: Site) -> None:

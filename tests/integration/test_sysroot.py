@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -28,6 +30,8 @@ from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from anchor_build.root import Root, open_root
 from anchor_build.settings import read_ca
+from contrib.site import pki
+from contrib.site.registry import CONFIG, MANIFEST, registry
 from tests.conftest import TOP
 from tests.integration.roots import DRACUT, SHARED, debian_root
 
@@ -38,6 +42,7 @@ pytestmark = [
 ]
 
 LIMIT_S = 240.0
+LAYER = "application/vnd.oci.image.layer.v1.tar"
 # Five times what it takes on a busy machine.
 CACHED_LIMIT_S = 5.0
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -327,6 +332,17 @@ def test_whatever_is_changed_a_build_is_never_stale(
     assert cache.find(key) is None  # the change was a moment ago
 
 
+def test_without_systemd_switch_root_has_to_be_there(own_system: Path, tmp_path: Path) -> None:
+    program = Root(own_system).at("/usr/sbin/switch_root")
+    program.rename(program.with_name("gone"))
+    ended = anchor_build(tmp_path, "--sysroot", own_system, "--image", "squashfs", "--no-systemd")
+    program.with_name("gone").rename(program)
+    assert ended.returncode == 1
+    missing = f"anchor: switch_root, needed without systemd, is missing in {own_system}: install util-linux-extra (deb)"
+    assert missing in ended.stderr
+    assert list((tmp_path / "cache/anchor-build").glob("initramfs/*")) == []
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing")
 def test_dracut_looks_nowhere_else(system: Path, tmp_path: Path) -> None:
     """Each path that a traced build asks for is one whose change or appearance the cache would see."""
@@ -417,6 +433,52 @@ def test_a_container_image_gives_what_its_system_gives(system: Path, tmp_path: P
     assert "from the cache" in second.stderr  # the same image, whatever it is packed in
     assert json.loads(second.stdout) == report
     assert [path.name for path in (tmp_path / "cache/anchor-build").iterdir()] == ["initramfs"]
+
+
+def layer_of(*members: tuple[str, bytes | None]) -> bytes:
+    """Return a tar archive of directories, which have no content, and programs."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.mode, member.size = 0o755, len(content or b"")
+            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            tar.addfile(member, io.BytesIO(content or b""))
+    return packed.getvalue()
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("skopeo", "umoci"))), reason="needs skopeo and umoci")
+@pytest.mark.skipif(shutil.which("docker-registry") is None, reason="docker-registry is missing")
+def test_a_container_image_comes_from_a_registry(tmp_path: Path) -> None:
+    """A small one, without a kernel: what is looked for in it, and not found, says that it was there."""
+    authority = pki.make_authority(tmp_path / "pki")
+    leaf = pki.issue(authority, tmp_path / "pki", "registry")
+    directories = [(name, None) for name in ("bin", "proc", "sys", "dev", "run", "tmp")]
+    layer = layer_of(*directories, ("bin/sh", Path("/bin/sh").read_bytes()))
+    rootfs = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]}
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs}
+    storage = tmp_path / "storage"
+    with (
+        registry(tmp_path / "plain", storage=storage) as pushed,
+        registry(tmp_path / "tls", storage=storage, leaf=leaf) as served,
+    ):
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": {"mediaType": CONFIG, **pushed.put_blob("team/node", json.dumps(config).encode())},
+            "layers": [{"mediaType": LAYER, **pushed.put_blob("team/node", layer)}],
+        }
+        pushed.put_manifest("team/node", "1", manifest)
+        names = [f"{served.host}/team/node:{tag}" for tag in ("1", "2")]
+        trust = ("--registry-ca", authority.certificate)
+        there, gone = (anchor_build(tmp_path, "--container", name, "--image", "squashfs", *trust) for name in names)
+        stranger = anchor_build(tmp_path, "--container", names[0], "--image", "squashfs")
+    assert [ended.returncode for ended in (there, gone, stranger)] == [1, 1, 1]
+    assert f"--container {names[0]} has no kernel with modules" in there.stderr
+    assert f"--container {names[1]}: " in gone.stderr
+    assert "manifest unknown" in gone.stderr
+    assert "certificate signed by unknown authority" in stranger.stderr
+    assert list((tmp_path / "cache/anchor-build").iterdir()) == []
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("skopeo", "umoci"))), reason="needs skopeo and umoci")

@@ -64,7 +64,7 @@ def test_the_drivers_of_a_hosts_devices(sys_tree: Path, tmp_path: Path) -> None:
 
 def test_the_command(sys_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = bound_drivers(sys_tree)
-    monkeypatch.setattr(drivers, "bound_drivers", lambda: found)
+    monkeypatch.setattr(drivers, "bound_drivers", lambda sys: found)
     output = tmp_path / "node.drivers"
     shown = CliRunner().invoke(cli, ["drivers", "--from-host", "-o", str(output)])
     assert (shown.exit_code, shown.output) == (0, "")
@@ -74,8 +74,21 @@ def test_the_command(sys_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     sets = CliRunner().invoke(cli, ["drivers"]).stdout
     assert all(name in sets for name in drivers.SUMMARIES)
     assert CliRunner().invoke(cli, ["drivers", "-o", "x"]).exit_code == 2
-    monkeypatch.setattr(drivers, "bound_drivers", lambda: ())
+    monkeypatch.setattr(drivers, "bound_drivers", lambda sys: ())
     assert isinstance(CliRunner().invoke(cli, ["drivers", "--from-host"]).exception, AnchorError)
+
+
+def test_a_copy_of_another_hosts_sys(sys_tree: Path, tmp_path: Path) -> None:
+    words = ["drivers", "--from-host", "--sysfs"]
+    shown = CliRunner().invoke(cli, [*words, str(sys_tree)]).stdout
+    assert shown == list_text(bound_drivers(sys_tree), "")
+    assert "(kernel" not in shown
+    assert json.loads(CliRunner().invoke(cli, [*words, str(sys_tree), "--json"]).stdout)["kernel"] is None
+    (tmp_path / "empty").mkdir()
+    refused = CliRunner().invoke(cli, [*words, str(tmp_path / "empty")]).exception
+    assert isinstance(refused, AnchorError)
+    assert str(refused) == f"no device in {tmp_path}/empty has a loadable driver"
+    assert CliRunner().invoke(cli, ["drivers", "--sysfs", str(sys_tree)]).exit_code == 2
 
 
 def test_the_sets_differ_in_dracuts_modules(tmp_path: Path) -> None:

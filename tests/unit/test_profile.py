@@ -66,7 +66,7 @@ def test_other_commands_take_what_means_the_same_there() -> None:
     context = click.Context(cli.cli)
     stages = {"auth", "transport", "image", "stage-dir"}
     expected = {
-        "check": {*stages, "set"},
+        "check": {*stages, "set", "network", "systemd"},
         "render": stages,
         "doctor": stages,
         "stages": {"stage-dir"},

@@ -104,6 +104,15 @@ def test_what_is_gone_is_named(case: Case, path: str) -> None:
     assert [GONE[path] in problem for problem in said(case)] == [True]
 
 
+def test_what_only_dracuts_own_script_calls_is_not_missed_with_systemd(case: Case) -> None:
+    members = case[0]
+    del members["usr/bin/switch_root"]
+    assert said(case) == ["anchor: the program switch_root is not inside"]
+    name = "usr/lib/dracut/modules.txt"
+    members[name] = Member(name, stat.S_IFREG | 0o644, 13, b"base\nsystemd\n")
+    assert said(case) == []
+
+
 def test_everything_missing_at_once(case: Case) -> None:
     for path in GONE:
         del case[0][path]

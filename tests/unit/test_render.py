@@ -105,6 +105,17 @@ def test_optional_programs_are_taken_where_they_are_there(write_stage: WriteStag
     assert setup_values(module, f'{fakes}check; echo "$?"; install') == ["255", "must", "-o may"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_program_is_needed_without_a_module(write_stage: WriteStage, there: bool) -> None:
+    program = '{ name = "may", rpm = "r", deb = "d", without = "systemd" }'
+    module = render_module(load_stage(write_stage(header=f"binaries = [{program}]"), "a test"))
+    fakes = "moddir=/x; require_binaries() { false; }; inst_simple() { :; }; inst_multiple() { echo $*; false; }\n"
+    fakes += 'derror() { echo "$*"; }\n'
+    fakes += f"dracut_module_included() {{ [[ $1 == systemd ]] && {'true' if there else 'false'}; }}\n"
+    expected = [] if there else ["may", "anchor-auth-demo: missing program may: install d (deb) or r (rpm)"]
+    assert setup_values(module, f'{fakes}check; echo "$?"; (install) || true') == ["255", *expected]
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [

@@ -45,6 +45,8 @@ REFUSED_HEADERS = {
     'binaries = [{ name = "a", rpm = "a", deb = "a\\nb" }]': "stage.binaries[0].deb: 'a\\nb' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", suse = "a;b" }]': "stage.binaries[0].suse: 'a;b' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", optional = 1 }]': "stage.binaries[0].optional: is not true",
+    'binaries = [{ name = "a", rpm = "a", deb = "a", without = "" }]': "stage.binaries[0].without: is not a",
+    'binaries = [{ name = "a", rpm = "-", deb = "a", optional = true, without = "b" }]': "stage.binaries[0].without: ",
     'obsoletes = ["older"]': "stage.obsoletes: 'older' does not match",
     'obsoletes = ["older < 1 %(touch /x)"]': "stage.obsoletes: 'older < 1 %(touch /x)' does not match",
     'binaries = [{ name = "a", rpm = "a", deb = "a", apt = "a" }]': "stage.binaries[0].apt: is not a known key",

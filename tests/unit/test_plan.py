@@ -33,7 +33,7 @@ def test_stages_of_one_order_come_as_the_nodes_shell_sorts_their_paths(write_sta
 def test_an_image_is_needed() -> None:
     with pytest.raises(UsageError, match="no image stage was chosen") as caught:
         make_plan(load_registry())
-    assert caught.value.hint == "add --image with one of: squashfs, oci, disk"
+    assert caught.value.hint == "add --image with one of: squashfs, oci, buildah, disk"
 
 
 @pytest.mark.parametrize("auth", [["acme", "local-file"], ["local-file", "acme"]])

@@ -103,7 +103,7 @@ anchor_boot_main() {
 }
 
 # usage: anchor_boot_direct
-# Both hooks at once, where nothing is between them (direct.sh). Status 1: this boot is not ours.
+# Both hooks at once, where nothing is between them (anchor-direct.sh). Status 1: this boot is not ours.
 anchor_boot_direct() {
     anchor_recall "$ANCHOR_RUN/steps/result"
     [ "$anchor_recall" != ok ] || return 0

@@ -108,7 +108,7 @@ install_network_manager() {
     done
 }
 
-# Lets dracut's services run direct.sh instead of their scripts, which are in its second argument.
+# Lets dracut's services run anchor-direct.sh instead of their scripts, which are in its second argument.
 install_direct() {
     local hook program own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
     dracut_module_included dracut-systemd || return 0
@@ -116,7 +116,7 @@ install_direct() {
     for hook in cmdline pre-mount pre-pivot; do
         program=$(sed -n 's/^ExecStart=-//p' "$own/dracut-$hook.service") && [[ $program == /*/dracut-"$hook" ]] || return 0
         mkdir -p "$units/dracut-$hook.service.d" || exit 1
-        printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/direct.sh %s %s\n' "$hook" "$program" \
+        printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/anchor-direct.sh %s %s\n' "$hook" "$program" \
             >"$units/dracut-$hook.service.d/anchor.conf" || exit 1
     done
 }

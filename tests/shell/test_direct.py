@@ -1,4 +1,4 @@
-"""direct.sh and cards.sh, which systemd runs: when dracut's own script is left out, and which drivers come first."""
+"""anchor-direct.sh and anchor-cards.sh, which systemd runs: when dracut's own script is left out, and which drivers come first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def script(name: str, root: Path, *places: str) -> str:
 
 
 def direct(shell: Shell, hook: str, cmdline: str, hooks: tuple[str, ...] = OURS) -> list[str]:
-    """Run direct.sh for a hook; return what ran: our function, or dracut's script."""
+    """Run anchor-direct.sh for a hook; return what ran: our function, or dracut's script."""
     for name in hooks:
         file = shell.root / "lib/dracut/hooks" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,8 @@ def direct(shell: Shell, hook: str, cmdline: str, hooks: tuple[str, ...] = OURS)
         (shell.root / name).write_text(text, encoding="utf-8")
     (shell.root / "dracut").chmod(0o755)
     places = ("/proc/cmdline", "/etc/cmdline", "/lib/dracut/hooks", "/etc/dracut/hooks", "/usr/lib/anchor/lib")
-    file = shell.root / "direct.sh"
-    file.write_text(script("direct.sh", shell.root, *places).replace(f"/var{shell.root}", "/var"), encoding="utf-8")
+    file = shell.root / "anchor-direct.sh"
+    file.write_text(script("anchor-direct.sh", shell.root, *places).replace(f"/var{shell.root}", "/var"), encoding="utf-8")
     run = 'file=$1; shift; . "$file"'
     done = shell.run(run, str(file), hook, str(shell.root / "dracut"), env={"NEWROOT": "/sysroot"})
     assert done.stderr == ""
@@ -101,7 +101,7 @@ def test_the_drivers_of_network_cards_are_loaded(shell: Shell) -> None:
         (shell.root / name / "modalias").write_text(f"{alias}\n")
         if kind:
             (shell.root / name / "class").write_text(f"{kind}\n")
-    text = script("cards.sh", shell.root, "/sys/bus/pci", "/sys/bus/virtio")
+    text = script("anchor-cards.sh", shell.root, "/sys/bus/pci", "/sys/bus/virtio")
     done = shell.run('modprobe() { printf "<%s>" "$@"; echo; }\n' + text)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
@@ -111,6 +111,6 @@ def test_the_drivers_of_network_cards_are_loaded(shell: Shell) -> None:
 
 
 def test_without_cards_nothing_is_loaded(shell: Shell) -> None:
-    text = script("cards.sh", shell.root, "/sys/bus/pci", "/sys/bus/virtio")
+    text = script("anchor-cards.sh", shell.root, "/sys/bus/pci", "/sys/bus/virtio")
     done = shell.run("modprobe() { echo loaded; }\n" + text)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

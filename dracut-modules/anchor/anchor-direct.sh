@@ -1,5 +1,5 @@
 #!/bin/sh
-# usage: direct.sh HOOK SCRIPT
+# usage: anchor-direct.sh HOOK SCRIPT
 # What dracut's services run instead of dracut's SCRIPT: before that one comes to a hook, it starts some ten programs, and
 # all of them together take a slow node more than a second. Where this boot is anchor's, where no other module has a hook,
 # and where the command line asks dracut for nothing, the hooks are all that SCRIPT would do. Else it is run.

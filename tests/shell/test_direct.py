@@ -1,4 +1,4 @@
-"""anchor-direct.sh and anchor-cards.sh, which systemd runs: when dracut's own script is left out, and which drivers come first."""
+"""anchor-direct.sh and anchor-cards.sh: when dracut's own script is left out, and which drivers systemd loads first."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def direct(shell: Shell, hook: str, cmdline: str, hooks: tuple[str, ...] = OURS)
     (shell.root / "dracut").chmod(0o755)
     places = ("/proc/cmdline", "/etc/cmdline", "/lib/dracut/hooks", "/etc/dracut/hooks", "/usr/lib/anchor/lib")
     file = shell.root / "anchor-direct.sh"
-    file.write_text(script("anchor-direct.sh", shell.root, *places).replace(f"/var{shell.root}", "/var"), encoding="utf-8")
+    file.write_text(
+        script("anchor-direct.sh", shell.root, *places).replace(f"/var{shell.root}", "/var"), encoding="utf-8"
+    )
     run = 'file=$1; shift; . "$file"'
     done = shell.run(run, str(file), hook, str(shell.root / "dracut"), env={"NEWROOT": "/sysroot"})
     assert done.stderr == ""

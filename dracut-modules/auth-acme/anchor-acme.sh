@@ -24,6 +24,8 @@ anchor_acme__uacme() {
     fi
     anchor_acme__doing='' anchor_acme__lost='' anchor_acme__code='' anchor_acme__retry_after=''
     anchor_acme__problem='' anchor_acme__detail='' anchor_acme__last='' anchor_acme__late=''
+    anchor_acme__count
+    anchor_acme__before=$anchor_acme__accepted
     # Opened for both ways first: an open that waits for the other end fails in busybox sh when a child ends meanwhile.
     exec 8<>"$ANCHOR_ACME_DIR/lines" || return 1
     # Since 1.7.6 uacme can be told its trust anchors; before, it reads the distribution's own file.
@@ -88,13 +90,15 @@ anchor_acme__uacme_says() {
 }
 
 # usage: anchor_acme__pause [FUNCTION]
-# Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s) and
-# a moment more: an answer that comes too early is "not yet", and then uacme sleeps 5 s before it asks again.
+# Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s), three
+# times in a row because servers come several times, and a moment more: an answer that comes too early is "not yet", and
+# then uacme sleeps 5 s before it asks again.
 anchor_acme__pause() {
-    local left=30 seen=''
+    local left=30 quiet=0
     kill -STOP "-$client" 2>/dev/null || return 0
-    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && ! "$1"; do
+    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && [ "$quiet" -lt 3 ]; do
         sleep 0.05
+        if "$1"; then quiet=$((quiet + 1)); else quiet=0; fi
         left=$((left - 1))
     done
     sleep 0.1
@@ -102,21 +106,35 @@ anchor_acme__pause() {
 }
 
 # usage: anchor_acme__answered
-# Status 0 if the server has come for the answer and is gone again. Keeps in seen whether it came.
+# Status 0 if the server has come for the answer since uacme was started, and nobody came, or is still there, since the
+# look before.
 anchor_acme__answered() {
-    local slot address peer state rest port=0050 open=''
+    local file slot address peer state rest port=0050 had="$anchor_acme__accepted"
     [ "$anchor_acme_challenge" = http-01 ] || port=01BB
-    while read -r slot address peer state rest; do
-        # All but listening (0A) is a connection, and all but TIME_WAIT (06) one that has not ended.
-        case ${address##*:}/$state in
-            "$port/0A") ;;
-            "$port/06") seen=1 ;;
-            "$port/"*) seen=1 open=1 ;;
+    anchor_acme__count
+    [ "$anchor_acme__accepted" != "$anchor_acme__before" ] && [ "$anchor_acme__accepted" = "$had" ] || return 1
+    for file in /proc/net/tcp /proc/net/tcp6; do
+        while read -r slot address peer state rest; do
+            # Under way is what is set up (03), established (01), or has more to send than the other side has taken (04);
+            # later states may stay for seconds (include/net/tcp_states.h).
+            case ${address##*:}/$state in
+                "$port/0"[134]) return 1 ;;
+            esac
+        done 2>/dev/null <"$file"
+    done
+    return 0
+}
+
+# usage: anchor_acme__count
+# Sets anchor_acme__accepted: how many connections this node has taken so far (PassiveOpens of /proc/net/snmp).
+anchor_acme__count() {
+    local name algorithm least most limit active passive rest
+    anchor_acme__accepted=0
+    while read -r name algorithm least most limit active passive rest; do
+        case $name$passive in
+            Tcp:[0-9]*) anchor_acme__accepted=$passive ;;
         esac
-    done <<EOF
-$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
-EOF
-    [ -n "$seen" ] && [ -z "$open" ]
+    done 2>/dev/null </proc/net/snmp
 }
 
 # usage: anchor_acme__final WHAT HINT

@@ -110,11 +110,17 @@ install_network_manager() {
 
 # Lets dracut's services run anchor-direct.sh instead of their scripts, which are in its second argument.
 install_direct() {
-    local hook program own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
+    local hook program programs=() own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
     dracut_module_included dracut-systemd || return 0
     install_unit anchor-cards
+    # All of them or none: what the first one leaves out, the second one does.
     for hook in cmdline pre-mount pre-pivot; do
-        program=$(sed -n 's/^ExecStart=-//p' "$own/dracut-$hook.service") && [[ $program == /*/dracut-"$hook" ]] || return 0
+        program=$(sed -n 's/^ExecStart=-//p' "$own/dracut-$hook.service" 2>/dev/null) &&
+            [[ $program == /*/dracut-"$hook" ]] || return 0
+        programs+=("$program")
+    done
+    for program in "${programs[@]}"; do
+        hook=${program##*/dracut-}
         mkdir -p "$units/dracut-$hook.service.d" || exit 1
         printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/anchor-direct.sh %s %s\n' "$hook" "$program" \
             >"$units/dracut-$hook.service.d/anchor.conf" || exit 1

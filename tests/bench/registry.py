@@ -138,6 +138,7 @@ def on_host(stage: str, parameters: Mapping[str, str], ca: Path, work: Path) -> 
         env |= {"ANCHOR_ROOT": name, "NAME": stage}
         env |= {f"anchor_fetch_{key}": str(value) for key, value in FETCH.items()}
         env |= {f"anchor_{stage}_{key}": parameters.get(key, "") for key in PARAMETERS}
+        env |= {"anchor_oci_max_entries": "500000"}
         spent, began = processor_seconds(), time.monotonic()
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", STEP],

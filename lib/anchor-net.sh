@@ -11,6 +11,8 @@
 # Reads $anchor_network_timeout (seconds). Sets anchor_net_interface, anchor_net_address. Status 1 when the time is up.
 anchor_net_run() {
     local seconds="${anchor_network_timeout:-60}" end
+    # The kernel makes variables of words that it does not know.
+    anchor_net__looks=0
     anchor_uptime_ms
     end=$((anchor_uptime_ms + seconds * 1000))
     until anchor_net__likely && anchor_net__address; do
@@ -39,7 +41,7 @@ anchor_net__nap() {
 # five went by, since an address need not have a route.
 anchor_net__likely() {
     local line name rest
-    anchor_net__looks=$(((${anchor_net__looks:-0} + 1) % 5))
+    anchor_net__looks=$(((anchor_net__looks + 1) % 5))
     [ "$anchor_net__looks" -ne 0 ] || return 0
     while read -r name rest; do
         case $name in

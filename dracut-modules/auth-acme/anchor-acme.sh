@@ -29,7 +29,8 @@ anchor_acme__uacme() {
     # Opened for both ways first: an open that waits for the other end fails in busybox sh when a child ends meanwhile.
     exec 8<>"$ANCHOR_ACME_DIR/lines" || return 1
     # Since 1.7.6 uacme can be told its trust anchors; before, it reads the distribution's own file.
-    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" uacme -vvv -y \
+    # Who stops it (anchor_acme__pause) has to come first, however busy the node is.
+    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" nice -n 19 uacme -vvv -y \
         -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
     client=$!
     grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >&8 8>&- &
@@ -90,13 +91,13 @@ anchor_acme__uacme_says() {
 }
 
 # usage: anchor_acme__pause [FUNCTION]
-# Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s), three
+# Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s), six
 # times in a row because servers come several times, and a moment more: an answer that comes too early is "not yet", and
 # then uacme sleeps 5 s before it asks again.
 anchor_acme__pause() {
     local left=30 quiet=0
     kill -STOP "-$client" 2>/dev/null || return 0
-    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && [ "$quiet" -lt 3 ]; do
+    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && [ "$quiet" -lt 6 ]; do
         sleep 0.05
         if "$1"; then quiet=$((quiet + 1)); else quiet=0; fi
         left=$((left - 1))

@@ -1,4 +1,7 @@
-"""Builds an initramfs: plan -> rendered modules -> dracut -> read back -> put in place, with a report beside it."""
+"""Builds an initramfs: plan -> rendered modules -> dracut -> read back, trimmed -> compressed -> put in place.
+
+A report goes beside it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from anchor_build import __version__, cache, dracut, embed, readback
+from anchor_build.compress import choose, compressed
 from anchor_build.console import Step
-from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrite_archive
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
@@ -30,10 +34,11 @@ from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.signing import PublicKey
 from anchor_build.stage import is_promised
+from anchor_build.trim import plan_trim
 from anchor_build.version import source_date_epoch
 
-# The name of what dracut writes in the work directory, when that is all of this host that it sees.
-OUTPUT = "initramfs.img"
+# The name of what dracut writes in the work directory: an archive that is not compressed.
+ARCHIVE = "initramfs.cpio"
 
 # What a build has where nothing is said.
 NETWORK_DRIVERS = DriverSet()
@@ -69,6 +74,8 @@ class InitramfsBuild:
     access: Access = field(default_factory=Access)
     copy_kernel: bool = True
     compress: str | None = None
+    # Whether libraries that nothing uses are left out.
+    trim: bool = True
     # The SHA-256 of more inputs by their role: the profile.
     inputs: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -108,21 +115,33 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
     _check_host(build, installed)
     seen = Observation(build) if use_cache else None
     modules = render_plan(build.plan)
-    with disk_errors(), work_directory() as work, beside(build.output) as partial:
+    # Images would be there three times over.
+    place = work_directory(in_memory=not build.embedded)
+    with disk_errors(), place as work, beside(build.output) as partial:
         images, embedded = embed.pack(build.embedded, build.access, work, step) if build.embedded else (b"", [])
         with step("render the stages"):
             site = _site_files(build)
             site |= {embed.FILE: images} if build.embedded else {}
-            request = _prepare(build, installed, modules, site, work, partial)
+            request = _prepare(build, installed, modules, site, work)
         with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
-            _run_dracut(build, installed, request, work, partial)
-        with step("read the initramfs back"):
-            initramfs = read_initramfs(partial, work)
-            report = _verify(build, installed, modules, request, site, work, partial, initramfs)
-            report["embedded"] = embedded
-            report["warnings"] += filter(None, [embed.size_warning(len(images))])
-        if seen is not None and (inputs := seen.finish(initramfs.members)) is not None:
-            cache.keep(key, *inputs, report, partial.read_bytes())
+            _run_dracut(build, installed, request, work)
+        with step("read it back"):
+            made = read_initramfs(work / ARCHIVE)
+            initramfs, left_out = _trim(build, made, work / ARCHIVE)
+        command = build.compress or choose(build.kernel, build.kernel.root)
+        with (
+            step("compress and verify it"),
+            compressed(command, work / ARCHIVE, partial, build.kernel, work),
+        ):
+            _verify(build, modules, site, initramfs)
+            contents = _contents(build, installed, modules, request, site, work, initramfs)
+        data = partial.read_bytes()
+        report = {"sha256": sha256(data), "bytes": len(data), "compression": command, **contents}
+        report |= {"left_out": left_out, "embedded": embedded}
+        if warning := embed.size_warning(len(images)):
+            report["warnings"].append(warning)
+        if seen is not None and (inputs := seen.finish(made.members)) is not None:
+            cache.keep(key, *inputs, report, data)
         return _put_in_place(build, partial, report)
 
 
@@ -220,10 +239,9 @@ def _prepare(
     modules: tuple[RenderedModule, ...],
     site: Mapping[str, bytes],
     work: Path,
-    output: Path,
 ) -> dracut.Request:
     root = build.kernel.root
-    # What lies in the work directory, as dracut sees it; in another system, the output too.
+    # What lies in the work directory, as dracut sees it.
     seen = work if root.is_host else WORK
     unused = dracut.unused_modules(installed, build.network, systemd=build.systemd)
     without = (*build.driver_set.without, *unused)
@@ -248,34 +266,27 @@ def _prepare(
             installed, build.plan, build.driver_set.modules, network=network, systemd=build.systemd
         ),
         drivers=wanted_names((*build.driver_set.drivers, *build.drivers), build.kernel.driver_names()),
-        compress=build.compress or dracut.choose_compression(build.kernel, root),
         base=seen / "dracut",
         config=seen / config.name,
-        output=output if root.is_host else seen / OUTPUT,
+        output=seen / ARCHIVE,
         ldd=seen / "ldd" if linker else None,
     )
 
 
-def _run_dracut(
-    build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path, output: Path
-) -> None:
+def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path) -> None:
     root = build.kernel.root
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
     env |= ENVIRONMENT
     env |= {"DRACUT_LDD": str(request.ldd)} if request.ldd else {}
     env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
-    log = work / "dracut.log"
+    log, output = work / "dracut.log", work / ARCHIVE
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
         argv = enter(root, work, dracut.arguments(installed, request))
         run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
-        if not root.is_host:
-            shutil.move(work / OUTPUT, output)
     except ProcessError as error:
         argv = dracut.arguments(installed, request)
         raise ProcessError(argv, error.status, error.tail, _dracut_hint(error.tail)) from None
-    except FileNotFoundError:
-        output.write_bytes(b"")
     finally:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
             build.tell(line)
@@ -300,16 +311,21 @@ def _dracut_hint(output: str) -> str:
     return "run again with -v to see all that dracut says"
 
 
+def _trim(build: InitramfsBuild, made: Initramfs, archive: Path) -> tuple[Initramfs, list[str]]:
+    """Write an archive anew without the libraries that nothing uses; return what is in it, and the paths of these."""
+    rules = [rule for stage in build.plan.all for rule in stage.unused] if build.trim else []
+    trimmed = plan_trim(made, rules, readback.included_modules(made))
+    if not trimmed.placeholders:
+        return made, []
+    data = rewrite_archive(archive, archive.read_bytes(), trimmed.left_out, trimmed.placeholders)
+    archive.write_bytes(data)
+    build.tell(f"left out {trimmed.saved(made)} bytes of libraries that nothing uses")
+    return parse_initramfs(archive, data), sorted((*trimmed.left_out, *trimmed.placeholders))
+
+
 def _verify(
-    build: InitramfsBuild,
-    installed: dracut.Dracut,
-    modules: tuple[RenderedModule, ...],
-    request: dracut.Request,
-    site: Mapping[str, bytes],
-    work: Path,
-    output: Path,
-    initramfs: Initramfs,
-) -> dict[str, Any]:
+    build: InitramfsBuild, modules: tuple[RenderedModule, ...], site: Mapping[str, bytes], initramfs: Initramfs
+) -> None:
     drivers = (*build.driver_set.drivers, *build.drivers)
     problems = readback.missing(initramfs, build.plan, modules, build.kernel, site, drivers)
     if problems:
@@ -317,13 +333,20 @@ def _verify(
             "the finished initramfs lacks what its stages promise:\n  " + "\n  ".join(problems),
             "run again with -v: dracut says why it left something out",
         )
+
+
+def _contents(
+    build: InitramfsBuild,
+    installed: dracut.Dracut,
+    modules: tuple[RenderedModule, ...],
+    request: dracut.Request,
+    site: Mapping[str, bytes],
+    work: Path,
+    initramfs: Initramfs,
+) -> dict[str, Any]:
     contents = readback.measure(initramfs, build.plan, build.kernel)
     wanted = firmware(initramfs, work)
-    data = output.read_bytes()
     return {
-        "sha256": sha256(data),
-        "bytes": len(data),
-        "compression": request.compress,
         "anchor_build": __version__,
         "dracut": installed.version_text,
         "dracut_modules": list(request.modules),

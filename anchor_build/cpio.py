@@ -10,7 +10,7 @@ import signal
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +40,8 @@ COMPRESSIONS = {
 class Member:
     """One entry: its path without a leading slash, permission and type bits, size in bytes, content.
 
-    Of hard links only one has a size: the bytes are there once. `mtime` is in seconds since the epoch.
+    Of hard links only one has a size: the bytes are there once. `mtime` is in seconds since the epoch, `links` how many
+    names the file has.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Member:
     uid: int = 0
     gid: int = 0
     mtime: int = 0
+    links: int = 1
 
     @property
     def is_file(self) -> bool:
@@ -96,13 +98,16 @@ class Initramfs:
         return None
 
 
-def read_initramfs(file: Path, work: Path | None = None) -> Initramfs:
+def read_initramfs(file: Path) -> Initramfs:
     """Read an initramfs: an uncompressed early archive, if there is one, and the main one.
 
-    `work` is a directory for what is unpacked on the way, else the system's. Raises AnchorError when the file
-    is not readable as what the kernel would accept.
+    Raises AnchorError when the file is not readable as what the kernel would accept.
     """
-    data = file.read_bytes()
+    return parse_initramfs(file, file.read_bytes())
+
+
+def parse_initramfs(file: Path, data: bytes) -> Initramfs:
+    """Read an initramfs that is the content of a file, which is named for messages. Raises as read_initramfs does."""
     if not data:
         raise AnchorError(f"{file}: is not an initramfs: it is empty")
     members: dict[str, Member] = {}
@@ -111,7 +116,7 @@ def read_initramfs(file: Path, work: Path | None = None) -> Initramfs:
     while data:
         kind = compression_of(data)
         if kind:
-            compression, data = kind, decompress(file, data, kind, work)
+            compression, data = kind, decompress(file, data, kind)
         if not data.startswith(NEWC_MAGICS):
             raise AnchorError(f"{file}: is not an initramfs: neither cpio nor a known compression")
         inside: dict[str, Member] = {}
@@ -127,21 +132,67 @@ def read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
     The format is that of Documentation/driver-api/early-userspace/buffer-format.rst: a header of 110 characters,
     six of magic and thirteen numbers of eight hexadecimal digits; name and content are padded to four bytes.
     """
-    position = 0
     links: dict[tuple[int, ...], list[str]] = {}
-    while header := HEADER.match(data, position):
-        fields = [int(header[1][8 * n : 8 * n + 8], 16) for n in range(13)]
-        inode, mode, size, name_size = (fields[0], *fields[7:9]), fields[1], fields[6], fields[11]
-        start = (position + HEADER_SIZE + name_size + 3) & ~3
-        name = data[position + HEADER_SIZE : position + HEADER_SIZE + name_size - 1]
-        if name == TRAILER:
+    for entry in _entries(file, data):
+        if entry.name == TRAILER:
             _share_content(members, links.values())
-            return data[start:].lstrip(b"\0")
-        path = name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
-        members[path] = Member(path, mode, size, data[start : start + size], fields[2], fields[3], fields[5])
+            return data[entry.end :].lstrip(b"\0")
+        fields, path = entry.fields, entry.path
+        content = data[entry.start : entry.start + fields[6]]
+        members[path] = Member(path, fields[1], fields[6], content, fields[2], fields[3], fields[5], fields[4])
         if fields[4] > 1 and members[path].is_file:
-            links.setdefault(inode, []).append(path)
-        position = (start + size + 3) & ~3
+            links.setdefault((fields[0], *fields[7:9]), []).append(path)
+    raise AssertionError("an archive ends with its trailer")
+
+
+def rewrite_archive(file: Path, data: bytes, left_out: Collection[str], contents: Mapping[str, bytes]) -> bytes:
+    """Return a newc archive without the paths to be left out, and with new contents for others; all else as it was.
+
+    None of these may be hard links. `file` is for messages.
+    """
+    pieces: list[bytes | memoryview] = []
+    whole, copied = memoryview(data), 0
+    for entry in _entries(file, data):
+        if entry.name == TRAILER:
+            break
+        replaced = contents.get(entry.path)
+        if replaced is None and entry.path not in left_out:
+            continue
+        pieces.append(whole[copied : entry.place])
+        copied = entry.end
+        if replaced is not None:
+            head = data[entry.place : entry.place + 54] + b"%08X" % len(replaced) + data[entry.place + 62 : entry.start]
+            pieces += [head, replaced, bytes(-len(replaced) % 4)]
+    return b"".join([*pieces, whole[copied:]])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where an entry of an archive is: its header, its content and the next one; and the header's numbers."""
+
+    name: bytes
+    fields: tuple[int, ...]
+    place: int
+    start: int
+    end: int
+
+    @property
+    def path(self) -> str:
+        return self.name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
+
+
+def _entries(file: Path, data: bytes) -> Iterator[_Entry]:
+    """Yield the entries of a newc archive, the trailer as the last one."""
+    position = 0
+    while header := HEADER.match(data, position):
+        fields = tuple(int(header[1][8 * n : 8 * n + 8], 16) for n in range(13))
+        start = (position + HEADER_SIZE + fields[11] + 3) & ~3
+        name = data[position + HEADER_SIZE : position + HEADER_SIZE + fields[11] - 1]
+        entry = _Entry(name, fields, position, start, start if name == TRAILER else (start + fields[6] + 3) & ~3)
+        yield entry
+        if name == TRAILER:
+            return
+        position = entry.end
     raise AnchorError(f"{file}: the archive is cut off or damaged at byte {position}", "build it again")
 
 
@@ -158,7 +209,7 @@ def compression_of(data: bytes) -> str | None:
     return next((name for magic, name in COMPRESSIONS.items() if data.startswith(magic)), None)
 
 
-def decompress(file: Path, data: bytes, kind: str, directory: Path | None) -> bytes:
+def decompress(file: Path, data: bytes, kind: str, directory: Path | None = None) -> bytes:
     """Unpack data of a compression; `directory` is for temporary files, `file` for messages.
 
     Raises AnchorError when the data is broken, or unpacks to more than UNPACKED_MAX.

@@ -95,7 +95,6 @@ class Request:
     kernel: Kernel
     modules: tuple[str, ...]
     drivers: tuple[str, ...]
-    compress: str
     base: Path
     config: Path
     output: Path
@@ -205,13 +204,6 @@ def has_networkd(root: Root) -> bool:
     return any(root.at(path).exists() for path in NETWORKD)
 
 
-def choose_compression(kernel: Kernel, root: Root = HOST) -> str:
-    """Return the compression command: zstd, or gzip where the kernel cannot unpack zstd or the system has none."""
-    if kernel.unpacks("zstd") and (root.is_host or root.find_program("zstd")):
-        return "zstd -6 -T0 -q"
-    return "pigz -6" if root.find_program("pigz") else "gzip -6"
-
-
 def make_base(
     dracut: Dracut,
     modules: Sequence[RenderedModule],
@@ -286,7 +278,7 @@ def ldd_script(linker: str) -> str:
 
 
 def arguments(dracut: Dracut, request: Request) -> list[str]:
-    """Return the argument vector: generic, reproducible, and only the modules that are named.
+    """Return the argument vector: generic, reproducible, not compressed, and only the modules that are named.
 
     It is for the directory of `request.config`: no path of this host is in it but the output's.
     """
@@ -304,8 +296,7 @@ def arguments(dracut: Dracut, request: Request) -> list[str]:
         f"./{CONFIG_PARTS}",
         "--kver",
         request.kernel.release,
-        "--compress",
-        request.compress,
+        "--no-compress",
         "--modules",
         " ".join(request.modules),
     ]

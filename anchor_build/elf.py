@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 MAGIC = b"\x7fELF"
@@ -12,6 +13,27 @@ MACHINES = {3: "i386", 8: "mips", 21: "ppc64", 22: "s390x", 40: "arm", 62: "x86_
 MACHINES[258] = "loongarch64"
 PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
+# What reading a file that is no such file, or is cut off, may raise.
+DAMAGED = (struct.error, ValueError, IndexError, OverflowError)
+SHT_DYNSYM, SHT_GNU_VERDEF, SHT_GNU_VERSYM = 11, 0x6FFFFFFD, 0x6FFFFFFF
+
+# The names of a library's versions of symbols, by number; number 1 is the library itself and not among them.
+Versions = Mapping[int, bytes]
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """An entry of a dynamic symbol table: binding and kind are STB_* and STT_*, `size` is in bytes.
+
+    `version` is its entry in the table of versions, with the bit 0x8000 where that is not the default one.
+    """
+
+    name: bytes
+    binding: int
+    kind: int
+    defined: bool
+    size: int
+    version: int
 
 
 def machine_of(program: Path) -> str:
@@ -35,7 +57,7 @@ def needed_libraries(data: bytes) -> list[str]:
         return []
     try:
         return _needed(data)
-    except (struct.error, ValueError, IndexError):
+    except DAMAGED:
         return []  # damaged or strange: it needs nothing that could be found
 
 
@@ -47,7 +69,7 @@ def dynamic_linker(program: Path) -> str:
             return ""
         found = [data[start : start + length] for kind, start, _, length in _segments(data) if kind == PT_INTERP]
         return found[0].rstrip(b"\0").decode("ascii") if found else ""
-    except (OSError, struct.error, ValueError, IndexError):
+    except (OSError, *DAMAGED):
         return ""
 
 
@@ -85,3 +107,68 @@ def _needed(data: bytes) -> list[str]:
         elif tag == DT_STRTAB:
             strings = next(start + value - address for address, start, length in loads if 0 <= value - address < length)
     return [data[strings + name : data.index(b"\0", strings + name)].decode("utf-8", "replace") for name in names]
+
+
+def dynamic_symbols(data: bytes) -> list[Symbol] | None:
+    """Return the symbols that a 64-bit little-endian program or library offers and asks for.
+
+    None where it has no table of them, or is damaged.
+    """
+    try:
+        sections = _sections(data)
+        tables = [section for section in sections if section.kind == SHT_DYNSYM]
+        if not tables:
+            return None
+        strings = sections[tables[0].link]
+        versions = next((section for section in sections if section.kind == SHT_GNU_VERSYM), None)
+        found = []
+        for n, (name, info, _, section, _, size) in enumerate(struct.iter_unpack("<IBBHQQ", tables[0].of(data))):
+            start = strings.start + name
+            version = struct.unpack_from("<H", data, versions.start + 2 * n)[0] if versions else 1
+            text = data[start : data.index(b"\0", start)]
+            found.append(Symbol(text, info >> 4, info & 15, section != 0, size, version))
+    except DAMAGED:
+        return None
+    return found[1:]
+
+
+def symbol_versions(data: bytes) -> Versions:
+    """Return the versions that a 64-bit little-endian library defines."""
+    found: dict[int, bytes] = {}
+    try:
+        sections = _sections(data)
+        table = next((section for section in sections if section.kind == SHT_GNU_VERDEF), None)
+        place = table.start if table else 0
+        while table:
+            _, flags, number, _, _, first, following = struct.unpack_from("<HHHHIII", data, place)
+            start = sections[table.link].start + struct.unpack_from("<I", data, place + first)[0]
+            if not flags & 1:
+                found[number] = data[start : data.index(b"\0", start)]
+            place += following
+            if not following:
+                break
+    except DAMAGED:
+        return {}
+    return found
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section header: its kind (SHT_*), place and bytes in the file, and the section that it is linked with."""
+
+    kind: int
+    start: int
+    length: int
+    link: int
+
+    def of(self, data: bytes) -> bytes:
+        return data[self.start : self.start + self.length]
+
+
+def _sections(data: bytes) -> list[_Section]:
+    if data[:6] != MAGIC + b"\2\1":
+        return []
+    offset = struct.unpack_from("<Q", data, 40)[0]
+    size, count = struct.unpack_from("<HH", data, 58)
+    rows = (struct.unpack_from("<4xI16xQQI", data, offset + n * size) for n in range(count))
+    return [_Section(kind, start, length, link) for kind, start, length, link in rows]

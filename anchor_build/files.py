@@ -22,8 +22,13 @@ DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
 )
-# No build takes so long; what is older than this was left by one that was killed. In seconds.
-LEFT_AGE_S = 2 * 86400
+# Seconds in which a work directory that was just made may not be locked yet.
+UNLOCKED_S = 60
+# A file system in memory that every Linux system has (shm_overview(7)), and what has to be free there: five times what
+# the initramfs of a kernel with every driver takes, its files and the archive of them.
+MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of our own in it
+ROOM = 2 << 30
+WORK_PREFIX = "anchor-build-"
 
 
 def cache_directory() -> Path:
@@ -83,29 +88,62 @@ def disk_hints() -> Iterator[None]:
 
 
 @contextmanager
-def work_directory(*, plain: bool = False) -> Iterator[Path]:
-    """Yield a directory in the cache that goes away; those of builds that were killed long ago go first.
+def work_directory(*, plain: bool = False, in_memory: bool = False) -> Iterator[Path]:
+    """Yield a directory that goes away; those of builds that were killed long ago go first.
 
+    It is in the cache, or with `in_memory` in MEMORY, where there is room for the many small files of an initramfs.
     With `plain` its path has no characters that macros or unquoted shell text would trip over: where the cache's has,
     it is the system's directory for temporary files. Raises AnchorError when it cannot be made.
     """
-    cache = cache_directory().absolute()
+    place = cache = cache_directory().absolute()
     if plain and not PLAIN_PATH.fullmatch(str(cache)):
-        cache = Path(tempfile.gettempdir())
+        place = Path(tempfile.gettempdir())
+    if in_memory and _has_room(MEMORY):
+        place = MEMORY
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        for left in cache_directory().glob("build-*"):
-            with suppress(OSError):
-                if left.stat().st_mtime < time.time() - LEFT_AGE_S:
-                    shutil.rmtree(left, ignore_errors=True)
-        work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
+        place.mkdir(parents=True, exist_ok=True)
+        for left in (*cache.glob("build-*"), *MEMORY.glob(f"{WORK_PREFIX}*")):
+            _remove_left(left)
+        work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX if place == MEMORY else "build-", dir=place)
+        lock = os.open(work.name, os.O_RDONLY)
     except OSError as error:
         raise AnchorError(
-            f"{cache}: cannot be written: {error.strerror}",
+            f"{place}: cannot be written: {error.strerror}",
             "name another cache directory with XDG_CACHE_HOME",
         ) from None
-    with work as name:
-        yield Path(name)
+    try:
+        with suppress(OSError):  # NFS locks no directories; then nobody can lock it to remove it, either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with work as name:
+            yield Path(name)
+    finally:
+        os.close(lock)
+
+
+def _remove_left(directory: Path) -> None:
+    """Remove a work directory whose process was killed: nobody holds its lock, and its first moment is over."""
+    with suppress(OSError):
+        found = directory.lstat()
+        if found.st_uid != os.geteuid() or found.st_mtime > time.time() - UNLOCKED_S:
+            return
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _has_room(directory: Path) -> bool:
+    """Whether a file system in memory may take ROOM bytes, and run programs: dracut calls one in its work directory."""
+    try:
+        found = os.statvfs(directory)
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return False
+    available = re.search(r"^MemAvailable: *(\d+) kB$", text, re.MULTILINE)
+    room = min(found.f_bavail * found.f_frsize, int(available[1]) * 1024 if available else 0)
+    return os.path.ismount(directory) and not found.f_flag & os.ST_NOEXEC and room >= ROOM
 
 
 @contextmanager

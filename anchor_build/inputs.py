@@ -81,7 +81,7 @@ def facts_of(build: InitramfsBuild) -> dict[str, Any]:
         "drivers": [build.drivers, repr(build.driver_set)],
         "embedded": [[image.name, image.digest, image.source] for image in build.embedded],
         "network": [build.network, build.systemd],
-        "compress": build.compress,
+        "compress": [build.compress, build.trim],
         "inputs": dict(build.inputs),
         "warnings": build.warnings,
         "date": os.environ.get("SOURCE_DATE_EPOCH"),

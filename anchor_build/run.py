@@ -78,9 +78,9 @@ def run(
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
-    With `log`, standard output and error go to that file together (and `stdout` is its text); with `stdout`,
-    standard output goes to that open file and is not returned. The child has its own process group, which is ended
-    when `timeout` (seconds) passes or the caller is interrupted.
+    Standard input is empty, or `input_text`. With `log`, standard output and error go to that file together (and
+    `stdout` is its text); with `stdout`, standard output goes to that open file and is not returned. The child has its
+    own process group, which is ended when `timeout` (seconds) passes or the caller is interrupted.
 
     `env` is added to our environment, or with `only_env` takes its place.
 
@@ -96,8 +96,8 @@ def run(
         only_env=only_env,
         cwd=cwd,
         log=log,
+        stdin=subprocess.PIPE if input_text is not None else subprocess.DEVNULL,
         stdout=stdout,
-        stdin_pipe=input_text is not None,
         umask=umask,
     )
     if file_limit is not None:
@@ -126,8 +126,8 @@ def start(
     only_env: bool = False,
     cwd: Path | None = None,
     log: Path | None = None,
+    stdin: IO[bytes] | int = subprocess.DEVNULL,
     stdout: IO[bytes] | None = None,
-    stdin_pipe: bool = False,
     umask: int = -1,
     tied: bool = False,
 ) -> subprocess.Popen[str]:
@@ -147,7 +147,7 @@ def start(
             words,
             env=environment(env, only=only_env),
             cwd=cwd,
-            stdin=subprocess.PIPE if stdin_pipe else subprocess.DEVNULL,
+            stdin=stdin,
             stdout=sink or stdout or subprocess.PIPE,
             stderr=subprocess.STDOUT if sink is not None else subprocess.PIPE,
             text=True,

@@ -36,6 +36,7 @@ MODULE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
 DRIVER = re.compile(r"=?[A-Za-z0-9][A-Za-z0-9_/-]*\??")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+*-]*")
 TARGET = re.compile(r"(/[A-Za-z0-9_][A-Za-z0-9._+-]*)+")
 MODE = re.compile(r"0[0-7]{3}")
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
@@ -105,6 +106,19 @@ class Binary:
 
 
 @dataclass(frozen=True)
+class Unused:
+    """Libraries that a program or library, `by`, is linked with or opens, and that no stage makes it use (trim.py).
+
+    All are shell patterns for names of files: `libcurl*.so.*`, `librtmp.so.*`. `unless` is a module of dracut, beside
+    which they are used.
+    """
+
+    by: str
+    libraries: tuple[str, ...]
+    unless: str = ""
+
+
+@dataclass(frozen=True)
 class StageFile:
     """A file of the stage's directory that is installed on the node; `mode` is octal text such as 0644."""
 
@@ -135,6 +149,7 @@ class Stage:
     files: tuple[StageFile, ...] = ()
     params: tuple[Param, ...] = ()
     one_of: tuple[str, ...] = ()
+    unused: tuple[Unused, ...] = ()
 
     @property
     def is_core(self) -> bool:
@@ -308,6 +323,7 @@ def _read_stage(header: _Table, top: _Table, directory: Path, origin: str) -> St
         binaries=tuple(_read_binary(table) for table in header.tables("binaries")),
         files=tuple(_read_file(table) for table in top.tables("file")),
         params=tuple(_read_param(table, kind, name) for table in top.tables("param")),
+        unused=tuple(_read_unused(table) for table in top.tables("unused")),
     )
     if (kind == "transport") != bool(stage.schemes):
         header.problem("schemes", "names the URL schemes of a transport; a transport needs it and no other kind has it")
@@ -343,6 +359,18 @@ def _read_file(table: _Table) -> StageFile:
     )
     table.refuse_rest()
     return file
+
+
+def _read_unused(table: _Table) -> Unused:
+    unused = Unused(
+        by=table.text("by", FILE_PATTERN, required=True),
+        libraries=table.texts("libraries", FILE_PATTERN),
+        unless=table.text("unless", MODULE_NAME),
+    )
+    if not unused.libraries:
+        table.problem("libraries", "names no library")
+    table.refuse_rest()
+    return unused
 
 
 def _read_param(table: _Table, kind: str, stage_name: str) -> Param:

@@ -92,6 +92,11 @@ DRIVERS_HELP = (
     help="Compression, as dracut's --compress. Default: zstd, if the kernel can.",
 )
 @click.option(
+    "--trim/--no-trim",
+    default=True,
+    help="Whether libraries that programs are linked with and never use on a node are left out. Default: they are.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -123,6 +128,7 @@ def command(
     network: str | None,
     systemd: bool,
     compress: str | None,
+    trim: bool,
     output: Path | None,
     no_cache: bool,
     as_json: bool,
@@ -190,6 +196,7 @@ def command(
             systemd=systemd,
             copy_kernel=copy_kernel,
             compress=compress,
+            trim=trim,
             inputs=used_profile(),
             warnings=tuple(filter(None, (warning, *warnings))),
             tell=lambda line: console.detail(f"  | {line}"),

@@ -232,7 +232,7 @@ def _files(headers: Headers) -> list[PackagedFile]:
 
 
 def _payload(file: Path, payload: bytes, kind: str | None) -> dict[str, Member]:
-    data = decompress(file, payload, kind, None) if kind else payload
+    data = decompress(file, payload, kind) if kind else payload
     if data.startswith(LARGE_MAGIC):
         raise AnchorError(f"{file}: its payload is in rpm's own form for files above 4 GiB, which is not read here")
     members: dict[str, Member] = {}

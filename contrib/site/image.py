@@ -214,10 +214,9 @@ def _squash(tar: Path, target: Path, log: Path) -> None:
         time,
     ]
     argv += ["-comp", "zstd", "-Xcompression-level", COMPRESSION, "-no-progress", "-quiet"]
-    packer = start(argv, log=log, stdin_pipe=True)
+    with tar.open("rb") as source:
+        packer = start(argv, log=log, stdin=source)
     try:
-        with tar.open("rb") as source, packer.stdin.buffer as sink:  # type: ignore[union-attr] # asked for above
-            shutil.copyfileobj(source, sink, 1 << 20)
         packer.wait(timeout=BUILD_TIMEOUT)
     finally:
         stop(packer)

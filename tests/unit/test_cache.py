@@ -236,6 +236,7 @@ SAID: dict[str, Callable[[InitramfsBuild], InitramfsBuild]] = {
     "add-drivers": lambda b: replace(b, drivers=("ice",)),
     "drivers": lambda b: replace(b, driver_set=driver_set("minimal")),
     "compress": lambda b: replace(b, compress="gzip"),
+    "no trim": lambda b: replace(b, trim=False),
     "profile": lambda b: replace(b, inputs={"profile default": "0" * 64}),
     "warnings": lambda b: replace(b, warnings=("something",)),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anchor_build.cpio import Initramfs, Member, read_initramfs
+from anchor_build.cpio import Initramfs, Member, parse_initramfs, read_initramfs, rewrite_archive
 from anchor_build.errors import AnchorError
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -184,3 +184,21 @@ def test_what_is_no_initramfs(read: Read, data: bytes) -> None:
 def test_a_loop_of_links_in_a_directory_ends() -> None:
     link = Member("a", 0o120777, 3, b"a/a")
     assert Initramfs({"a": link}, "none").resolve("a/b") is None
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5000])
+def test_an_archive_is_written_anew_with_less_and_other_content(tree: Path, tmp_path: Path, size: int) -> None:
+    data = pack(tree)
+    contents = {"usr/bin/tool3": b"y" * size}
+    written = rewrite_archive(tmp_path, data, {"usr/bin/tool1", "etc/up", "not/there"}, contents)
+    before, after = parse_initramfs(tmp_path, data).members, parse_initramfs(tmp_path, written).members
+    assert set(before) - set(after) == {"usr/bin/tool1", "etc/up"}
+    assert after["usr/bin/tool3"].content == b"y" * size
+    assert after["usr/bin/tool3"].mode == before["usr/bin/tool3"].mode
+    assert all(after[path] == before[path] for path in after if path != "usr/bin/tool3")
+    # The real cpio reads it, too.
+    (tmp_path / "out").mkdir()
+    argv = ["cpio", "-i", "-d", "--quiet"]
+    subprocess.run(argv, input=written, cwd=tmp_path / "out", check=True)
+    assert (tmp_path / "out/usr/bin/tool3").read_bytes() == b"y" * size
+    assert rewrite_archive(tmp_path, data, (), {}) == data

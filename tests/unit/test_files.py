@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from anchor_build import files
 from anchor_build.errors import AnchorError
 from anchor_build.files import directory_problems, staging, work_directory
 
@@ -60,3 +62,37 @@ def test_work_that_macros_look_at_is_done_in_a_plain_path(tmp_path: Path, monkey
     with work_directory(plain=True) as work:
         assert work.parent == Path(tempfile.gettempdir())
     assert not work.exists()
+
+
+def test_many_small_files_are_in_memory_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "ROOM", 1)
+    with work_directory(in_memory=True) as work:
+        assert work.parent == Path("/dev/shm")  # noqa: S108 - a directory of our own in it
+        assert work.stat().st_mode & 0o777 == 0o700
+    assert not work.exists()
+    monkeypatch.setattr(files, "ROOM", 1 << 60)
+    with work_directory(in_memory=True) as work:
+        assert work.parent == tmp_path / "cache" / "anchor-build"
+    # No file system in memory: the directory of some container.
+    monkeypatch.setattr(files, "ROOM", 1)
+    monkeypatch.setattr(files, "MEMORY", tmp_path)
+    with work_directory(in_memory=True) as work:
+        assert work.parent == tmp_path / "cache" / "anchor-build"
+
+
+def test_what_a_killed_build_left_goes_and_that_of_a_running_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "anchor-build"
+    long_ago = time.time() - files.UNLOCKED_S - 1
+    with work_directory() as running:
+        for name in ("build-left", "build-new"):
+            (cache / name / "tree").mkdir(parents=True)
+        (cache / "build-link").symlink_to(tmp_path)
+        for path in (running, cache / "build-left", cache / "build-link"):
+            os.utime(path, (long_ago, long_ago), follow_symlinks=False)
+        with work_directory():
+            pass
+        assert {path.name for path in cache.iterdir()} == {running.name, "build-new", "build-link"}

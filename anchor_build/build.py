@@ -22,7 +22,7 @@ from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrit
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
-from anchor_build.files import beside, disk_errors, output_problems, sha256, work_directory
+from anchor_build.files import beside, disk_errors, disk_hint, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
 from anchor_build.network import expected_back_end
@@ -297,7 +297,7 @@ def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut
 
 def _dracut_hint(output: str) -> str:
     if "No space left on device" in output:
-        return "make room in the cache directory (XDG_CACHE_HOME) and where the output goes"
+        return disk_hint(output)
     if "Permission denied" in output:
         return "dracut reads files that only root may read here: run it as root"
     left_out = LEFT_OUT.search(output)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anchor_build.cpio import compression_of
 from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.files import disk_hint
 from anchor_build.kernel import Kernel
 from anchor_build.root import ENVIRONMENT, HOST, Root, enter
 from anchor_build.run import start, stop
@@ -59,7 +60,7 @@ def compressed(command: str, source: Path, output: Path, kernel: Kernel, work: P
             stop(child)
             raise
     if child.returncode != 0:
-        raise ProcessError(words, child.returncode, said.strip(), f"that is {option}")
+        raise ProcessError(words, child.returncode, said.strip(), disk_hint(said) or f"that is {option}")
     _check(option, output, kernel)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from anchor_build import __version__, cache, dracut, embed, readback
 from anchor_build.compress import choose, compressed
 from anchor_build.console import Step
-from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrite_archive
+from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrite_archives
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
@@ -317,7 +317,7 @@ def _trim(build: InitramfsBuild, made: Initramfs, archive: Path) -> tuple[Initra
     trimmed = plan_trim(made, rules, readback.included_modules(made))
     if not trimmed.placeholders:
         return made, []
-    data = rewrite_archive(archive, archive.read_bytes(), trimmed.left_out, trimmed.placeholders)
+    data = rewrite_archives(archive, archive.read_bytes(), trimmed.left_out, trimmed.placeholders)
     archive.write_bytes(data)
     build.tell(f"left out {trimmed.saved(made)} bytes of libraries that nothing uses")
     return parse_initramfs(archive, data), sorted((*trimmed.left_out, *trimmed.placeholders))

@@ -145,24 +145,27 @@ def read_archive(file: Path, data: bytes, members: dict[str, Member]) -> bytes:
     raise AssertionError("an archive ends with its trailer")
 
 
-def rewrite_archive(file: Path, data: bytes, left_out: Collection[str], contents: Mapping[str, bytes]) -> bytes:
-    """Return a newc archive without the paths to be left out, and with new contents for others; all else as it was.
+def rewrite_archives(file: Path, data: bytes, left_out: Collection[str], contents: Mapping[str, bytes]) -> bytes:
+    """Return newc archives that follow each other without the paths to be left out, and with new contents for others.
 
-    None of these may be hard links. `file` is for messages.
+    All else is as it was. None of these may be hard links. `file` is for messages.
     """
     pieces: list[bytes | memoryview] = []
-    whole, copied = memoryview(data), 0
-    for entry in _entries(file, data):
-        if entry.name == TRAILER:
-            break
-        replaced = contents.get(entry.path)
-        if replaced is None and entry.path not in left_out:
-            continue
-        pieces.append(whole[copied : entry.place])
-        copied = entry.end
-        if replaced is not None:
-            head = data[entry.place : entry.place + 54] + b"%08X" % len(replaced) + data[entry.place + 62 : entry.start]
-            pieces += [head, replaced, bytes(-len(replaced) % 4)]
+    whole, copied, place = memoryview(data), 0, 0
+    while data.startswith(NEWC_MAGICS, place):
+        for entry in _entries(file, data, place):
+            place = entry.end
+            replaced = contents.get(entry.path)
+            if replaced is None and entry.path not in left_out:
+                continue
+            pieces.append(whole[copied : entry.place])
+            copied = entry.end
+            if replaced is not None:
+                size = b"%08X" % len(replaced)
+                pieces += [whole[entry.place : entry.place + 54], size, whole[entry.place + 62 : entry.start]]
+                pieces += [replaced, bytes(-len(replaced) % 4)]
+        while data.startswith(b"\0", place):
+            place += 1
     return b"".join([*pieces, whole[copied:]])
 
 
@@ -181,9 +184,8 @@ class _Entry:
         return self.name.decode("utf-8", "surrogateescape").removeprefix("./").strip("/")
 
 
-def _entries(file: Path, data: bytes) -> Iterator[_Entry]:
-    """Yield the entries of a newc archive, the trailer as the last one."""
-    position = 0
+def _entries(file: Path, data: bytes, position: int = 0) -> Iterator[_Entry]:
+    """Yield the entries of the newc archive that begins at `position`, the trailer as the last one."""
     while header := HEADER.match(data, position):
         fields = tuple(int(header[1][8 * n : 8 * n + 8], 16) for n in range(13))
         start = (position + HEADER_SIZE + fields[11] + 3) & ~3

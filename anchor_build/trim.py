@@ -141,7 +141,8 @@ class _Objects:
             symbols = dynamic_symbols(self.members[each].content)
             if symbols is None:
                 return None
-            asked.update(symbol.name for symbol in symbols if not symbol.defined)
+            # Also what a program has itself: for a variable of a library that is where it is copied to.
+            asked.update(symbol.name for symbol in symbols)
         return placeholder(names.pop(), self.members[path].content, asked) if len(names) == 1 else None
 
     def links_to(self, paths: set[str]) -> set[str]:

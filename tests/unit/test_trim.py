@@ -146,6 +146,13 @@ def test_what_is_left_runs(curl: Initramfs, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 0)
 
 
+def test_a_variable_that_a_program_copies_is_in_the_placeholder() -> None:
+    """Such a one is defined in the program's own table of symbols (a copy relocation)."""
+    socat = initramfs(*closure("socat"))
+    [made] = plan_trim(socat, [Unused("socat", ("libwrap.so.*",))], ()).placeholders.values()
+    assert b"\0hosts_allow_table\0" in made
+
+
 def library(curl: Initramfs, name: str) -> bytes:
     found = curl.resolve(next(path for path in curl.members if path.endswith(f"/{name}")))
     assert found is not None

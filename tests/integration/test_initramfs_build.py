@@ -26,6 +26,7 @@ import pytest
 
 from anchor_build import dracut
 from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.elf import dynamic_linker
 from anchor_build.files import MEMORY
 from anchor_build.inspect.artifact import read_artifact
 from anchor_build.plan import make_plan
@@ -298,6 +299,35 @@ def test_the_report_is_complete(built: Built) -> None:
     assert all(len(digest) == 64 for digest in report["inputs"].values())
     inputs = {"ca", "kernel", "modules.dep", "50anchor", "51anchor-auth-local-file", "program curl"}
     assert inputs <= set(report["inputs"])
+
+
+def test_programs_find_all_libraries_and_symbols_in_what_is_left(built: Built, tmp_path: Path) -> None:
+    """As `ldd -r` does, for all of them, in a root that has nothing but what is in the initramfs."""
+    left_out = {path for path in built.report["left_out"] if path not in built.initramfs.members}
+    assert len(left_out) < len(built.report["left_out"])  # the others are placeholders
+    programs = []
+    for path, member in sorted(built.initramfs.members.items()):
+        place = tmp_path / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if member.is_link:
+            place.symlink_to(member.content.decode())
+        elif member.is_file:
+            place.write_bytes(member.content)
+            place.chmod(0o755)
+            if member.content.startswith(b"\x7fELF") and path.startswith("usr/") and ".ko" not in path:
+                programs.append(f"/{path}")
+    assert len(programs) > 50
+    # The dynamic linker answers for the program: none of them runs.
+    env = {"LD_WARN": "yes", "LD_BIND_NOW": "yes", "PATH": "/usr/sbin:/usr/bin"}
+    linker = dynamic_linker(tmp_path / "usr/bin/curl")
+    problems = []
+    for program in programs:
+        argv = ["chroot", str(tmp_path), linker, "--list", program]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=30)
+        problems += [
+            line for line in (done.stdout + done.stderr).splitlines() if "not found" in line or "undef" in line
+        ]
+    assert problems == []
 
 
 def test_a_secret_is_in_the_image_only(built: Built) -> None:

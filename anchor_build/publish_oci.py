@@ -23,6 +23,7 @@ from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import disk_errors, file_digest, sha256, work_directory
 from anchor_build.image import image_format
 from anchor_build.manifest import SUFFIX, Manifest, read_manifest
+from anchor_build.manifest_oci import Named, Signing, write_manifest
 from anchor_build.oci import (
     INDEX,
     MANIFEST,
@@ -36,7 +37,7 @@ from anchor_build.oci import (
     parse_reference,
     write_layout,
 )
-from anchor_build.publish import verified
+from anchor_build.publish import VERIFY, verified
 from anchor_build.signing import PublicKey, verify_signature
 from anchor_build.version import source_date_epoch
 
@@ -56,7 +57,10 @@ PARAMETER = "rd.anchor.oci.image"
 
 @dataclass(frozen=True)
 class Push:
-    """What to put where: `initramfs` and `kernel` make it a set, for `platform`; `annotations` are of its documents."""
+    """What to put where: `initramfs` and `kernel` make it a set, for `platform`; `annotations` are of its documents.
+
+    With `signing` a manifest is made that names what was pushed.
+    """
 
     image: Path
     target: Reference
@@ -66,6 +70,7 @@ class Push:
     platform: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
+    signing: Signing | None = None
 
 
 def is_registry(to: str) -> bool:
@@ -104,7 +109,10 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
     if problems := missing_programs("skopeo"):
         raise AnchorError("\n".join(problems))
     manifest_file = push.image.with_name(push.image.name + SUFFIX)
-    with step("verify the image, its manifest and the signature"), disk_errors():
+    with disk_errors():
+        # What is wrong with the key is said before anything is pushed.
+        key = push.signing.open() if push.signing else None
+    with step(VERIFY), disk_errors():
         manifest, digest = verified(push.image, manifest_file, push.keys)
         _, data = read_manifest(manifest_file)
         kernel, warnings = _boot_files(push, manifest)
@@ -129,6 +137,10 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
             skopeo.copy("oci:layout:new", push.target.source, what, *options, plain=here.plain)
             if _digest_of(skopeo.document(push.target, what)) != entry["digest"]:
                 raise AnchorError(f"{what}: the tag is something else already", "does somebody else publish there?")
+        made: dict[str, Any] = {}
+        if push.signing:
+            facts = (manifest.format, manifest.unpacked, manifest.kernels)
+            made = write_manifest(Named(here, int(entry["size"]), *facts), push.signing, key)
     return {
         "to": f"{'oci+http' if here.plain else 'oci'}://{here.registry}/{here.name}:{here.tag}",
         "reference": str(here),
@@ -137,8 +149,10 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
         "result": "was there" if previous == here.digest else "published",
         "signed_by": verify_signature(data, push.keys).fingerprint if push.keys else None,
         "boot_parameter": f"{PARAMETER}={here}",
+        "manifest": made.get("manifest"),
+        "manifest_signed_by": made.get("signed_by"),
         "files": files,
-        "warnings": warnings,
+        "warnings": [*warnings, *made.get("warnings", ())],
     }
 
 

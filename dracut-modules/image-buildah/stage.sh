@@ -27,8 +27,8 @@ anchor_buildah__run() {
     local run="${ANCHOR_ROOT:-}/run/anchor" reference="${anchor_buildah_registry%/}/$anchor_buildah_image" of status
     local dir="$run/image" storage="$run/buildah" work="$run/buildah.d"
     if [ -n "${anchor_manifest_urls:-}" ]; then
-        anchor_fail "the manifest names the image stage buildah, which has manifests of its own" \
-            "give rd.anchor.buildah.image= with a digest instead of rd.anchor.manifest="
+        anchor_fail "the manifest names the image stage buildah, which knows no manifests" \
+            "boot it with the image stage oci: anchor-build image --at makes such manifests"
         return 1
     fi
     anchor_registry_user=$anchor_buildah_user

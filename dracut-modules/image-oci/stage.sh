@@ -17,8 +17,8 @@ ANCHOR_OCI_MARKS=100000 # whiteouts and directories without an entry, in one lay
 ANCHOR_OCI_COMPRESSION=lz4
 
 # usage: anchor_oci_run
-# Reads this stage's parameters. Leaves /run/anchor/image, complete and read-only. Safe to repeat. On failure it
-# unmounts everything, which frees the memory.
+# Reads this stage's parameters; what the manifest says takes the place of the image's reference. Leaves
+# /run/anchor/image, complete and read-only. Safe to repeat. On failure it unmounts everything, which frees the memory.
 anchor_oci_run() {
     anchor_untraced anchor_oci__run
 }
@@ -27,15 +27,12 @@ anchor_oci_run() {
 # The same, traced: it handles credentials.
 anchor_oci__run() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" work="${ANCHOR_ROOT:-}/run/anchor/oci" references rest status
-    if [ -n "${anchor_manifest_urls:-}" ]; then
-        anchor_fail "the manifest names the image stage oci, which has manifests of its own" \
-            "give rd.anchor.oci.image= with a digest instead of rd.anchor.manifest="
-        return 1
-    fi
     anchor_registry_user=$anchor_oci_user
     anchor_registry_password=$anchor_oci_password
     anchor_registry_proxy=$anchor_oci_proxy
-    anchor_fetch_mirrors "$anchor_oci_image" "$anchor_oci_mirrors"
+    references=$anchor_oci_image
+    [ -z "${anchor_manifest_urls:-}" ] || anchor_oci__named || return 1
+    anchor_fetch_mirrors "$references" "$anchor_oci_mirrors"
     references=$anchor_fetch_urls
     # An earlier try left it, complete.
     anchor_recall "$dir/of"
@@ -53,6 +50,26 @@ anchor_oci__run() {
     return 1
 }
 
+# usage: anchor_oci__named
+# Sets references to what the manifest names: its digest is that of the image's manifest or index, wherever that is.
+anchor_oci__named() {
+    local url
+    references=
+    for url in $anchor_manifest_urls; do
+        case $url in
+            https://*@* | http://*@*) ;;
+            https://* | http://*)
+                references="$references${references:+ }$url@sha256:$anchor_manifest_sha256"
+                continue
+                ;;
+        esac
+        anchor_fetch_plain "$url"
+        anchor_fail "the manifest names no image at a registry: $anchor_fetch_url" \
+            "a mirror of it is https://REGISTRY/NAME:TAG; anchor-build image --at makes such manifests"
+        return 1
+    done
+}
+
 # usage: anchor_oci__prepare DIR PLATFORM
 # Everything between the reference and the finished stack.
 anchor_oci__prepare() {
@@ -66,7 +83,7 @@ anchor_oci__prepare() {
     if [ -z "$anchor_oci_digest" ]; then
         anchor_info "rd.anchor.oci.image= has no digest: nothing but the registry's certificate vouches for the image"
     fi
-    anchor_oci_resolve "$2" && anchor_oci__kind && anchor_oci__space "$1" && anchor_oci__layers "$1" || return 1
+    anchor_oci_resolve "$2" "${anchor_manifest_size:-}" && anchor_oci__kind && anchor_oci__space "$1" && anchor_oci__layers "$1" || return 1
     if [ "$anchor_oci__tar" = 1 ]; then
         anchor_oci__stack "$1"
     else

@@ -21,10 +21,10 @@ from anchor_build.container import unpacked
 from anchor_build.embed import pack, resolve
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import file_digest
-from anchor_build.manifest import read_manifest
+from anchor_build.manifest import manifest_text, read_manifest
 from anchor_build.oci import Access
 from anchor_build.publish_oci import Push, parse_target, publish_oci
-from anchor_build.signing import read_public_keys
+from anchor_build.signing import open_key, read_public_keys, sign_text
 from contrib.site import pki
 from contrib.site.registry import CONFIG, MANIFEST, PASSWORD, USER, Registry, registry
 from tests.integration.test_manifest_signing import make_key
@@ -311,6 +311,53 @@ def test_a_set_has_one_tag_for_node_and_boot_server(
     ]
     subprocess.run(argv, check=True, capture_output=True, timeout=60)
     assert (tmp_path / "got" / report["files"][2]["sha256"]).read_bytes() == b"initramfs"
+
+
+JUDGE = """
+for lib in report types params manifest; do . "$LIB/anchor-$lib.sh" || exit 9; done
+anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
+mkdir -p "$anchor_step_dir" && anchor_manifest_judge "$ANCHOR_ROOT/m/manifest" M || exit 7
+anchor_stage_for_scheme() { return 1; }
+"""
+
+
+def test_a_signed_manifest_names_what_nodes_boot_from_a_registry(
+    run: Run, site: stage.Site, dash: stage.Node, image: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "www").mkdir()
+    (dash.shell.root / "m").mkdir()
+    shutil.copy(tmp_path / "site.pub", dash.shell.root / "etc/anchor/manifest.pub")
+    layer = Layer().directory("./").add("tar", b"1")
+    digest = push(site.plain, "nodes/tar", [layer])
+    name = f"{site.mutual.host}/nodes/named:v1"
+    sign = ("--sign-key", "site.key", "--valid-for", "30d")
+    pushed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{name}", *trust(site), *sign, "--json")
+    assert pushed.returncode == 0, pushed.stderr
+    at = run("image", "--at", f"{site.mutual.host}/nodes/tar:v1", *trust(site), *sign, "--json")
+    assert at.returncode == 0, at.stderr
+    reports = [json.loads(done.stdout) for done in (pushed, at)]
+    assert reports[1]["digest"] == f"sha256:{digest}"
+    for report, file in zip(reports, ("etc/os-release", "tar"), strict=True):
+        manifest, text = read_manifest(tmp_path / report["manifest"])
+        assert (manifest.image, f"sha256:{manifest.sha256}") == ("oci", report["digest"])
+        assert run("publish", report["manifest"], "--to", "www", "--manifest-key", "site.pub").returncode == 0
+        assert (tmp_path / "www" / report["manifest"]).read_bytes() == text
+        (dash.shell.root / "m/manifest").write_bytes(text)
+        done = dash.run("", setup=JUDGE)
+        assert done.returncode == 0, done.stderr
+        assert file in json.loads(done.stdout)
+    # Nothing that the key did not sign is looked for.
+    (dash.shell.root / "m/manifest").write_bytes(text.replace(digest.encode(), b"0" * 64))
+    assert dash.run("", setup=JUDGE).returncode == 7
+    newer = tmp_path / "www" / reports[1]["manifest"]
+    late = replace(manifest, created=manifest.created + 60)
+    newer.write_text(sign_text(manifest_text(late), open_key(str(tmp_path / "site.key"))))
+    older = run("publish", reports[1]["manifest"], "--to", "www", "--manifest-key", "site.pub")
+    assert older.returncode == 1 and f"make it the newest: anchor-build image --at {site.mutual.host}/" in older.stderr
+    beside = run("publish", f"{image}.manifest", "--to", "www", "--manifest-key", "site.pub")
+    assert beside.returncode == 1 and "is the manifest of a file" in beside.stderr
+    gone = run("image", "--at", f"{site.mutual.host}/nodes/tar:never", *trust(site), "-o", "x.manifest")
+    assert gone.returncode == 1 and "no such image or tag" in gone.stderr and not (tmp_path / "x.manifest").exists()
 
 
 def test_what_is_newer_stays_and_the_way_back_is_told(

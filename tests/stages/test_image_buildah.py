@@ -376,4 +376,4 @@ def test_a_registry_that_goes_away_meanwhile_ends_the_step_and_leaves_nothing(da
 def test_a_manifest_of_anchor_cannot_name_it(dash: Node) -> None:
     done = dash.run("https://127.0.0.1:9/x:v1", "", setup="anchor_manifest_urls=https://127.0.0.1:9/image")
     assert done.returncode == 1
-    assert "manifests of its own" in (dash.shell.root / "run/anchor/steps/10/error").read_text()
+    assert "which knows no manifests" in (dash.shell.root / "run/anchor/steps/10/error").read_text()

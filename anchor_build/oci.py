@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,23 @@ class Skopeo:
     access: Access = Access()
     platform: str = ""
 
-    def copy(self, source: str, target: str, what: str, *options: str, plain: bool = False) -> None:
-        """Copy an image between what skopeo calls transports; `plain` is for http. Raises AnchorError."""
+    def copy(
+        self,
+        source: str,
+        target: str,
+        what: str,
+        *options: str,
+        plain: bool = False,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Copy an image between what skopeo calls transports; `plain` is for http, `watch` as in run.
+
+        Raises AnchorError.
+        """
         side = "dest-" if target.startswith("docker://") else "src-"
         at_registry = "docker://" in source + target
         words = self._registry(side, plain=plain) if at_registry else []
-        self._run("copy", [*options, "--retry-times", "2", *words, source, target], what)
+        self._run("copy", [*options, "--retry-times", "2", *words, source, target], what, watch=watch)
 
     def document(self, reference: Reference, what: str) -> bytes | None:
         """Return the manifest or index at a reference, None where there is none. Raises AnchorError."""
@@ -214,6 +225,29 @@ class Skopeo:
             )
         except ProcessError as error:
             raise explained(what, error.tail) from None
+
+
+def sizes_of(skopeo: Skopeo, reference: Reference, what: str) -> list[int]:
+    """Return the bytes of the layers of an image at a registry, for skopeo's platform where there are several.
+
+    Empty where the registry's answer is none that could be copied. Raises AnchorError.
+    """
+    for _ in range(2):
+        try:
+            document = json.loads(skopeo.document(reference, what) or b"{}")
+            if "layers" in document:
+                return [int(layer["size"]) for layer in document["layers"]]
+            reference = reference.at(next(_entries_for(document, skopeo.platform or host_platform())))
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
+            break
+    return []
+
+
+def _entries_for(index: Mapping[str, Any], wanted: str) -> Iterator[str]:
+    for entry in index["manifests"]:
+        has = entry.get("platform", {})
+        if f"{wanted}/".startswith(f"{has.get('os')}/{has.get('architecture')}/") and DIGEST.fullmatch(entry["digest"]):
+            yield str(entry["digest"])
 
 
 class MissingError(AnchorError):

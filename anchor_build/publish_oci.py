@@ -39,6 +39,7 @@ from anchor_build.oci import (
 )
 from anchor_build.publish import VERIFY, verified
 from anchor_build.signing import PublicKey, verify_signature
+from anchor_build.transfer import Reading
 from anchor_build.version import source_date_epoch
 
 SCHEMES = ("oci://", "oci+http://")
@@ -126,8 +127,9 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
         with step(f"ask {push.target.registry} what {push.target.name}:{push.target.tag} is"):
             previous = _there(skopeo, push, manifest, what)
         size = sum(file["bytes"] for file in files)
-        with step(f"push {len(files)} files, {size / 1e6:.1f} MB, what is there left out"):
-            skopeo.copy("oci:layout:new", here.source, what, *options, plain=here.plain)
+        reading = Reading([layout / "blobs/sha256" / file["sha256"] for file in files])
+        with step(f"push {len(files)} files, {size / 1e6:.1f} MB, what is there left out", reading):
+            skopeo.copy("oci:layout:new", here.source, what, *options, plain=here.plain, watch=reading.watch)
         with step("read it back, and move the tag"):
             for name in dict.fromkeys([str(entry["digest"]), *(file["manifest"] for file in files)]):
                 if skopeo.document(push.target.at(name), what) is None:

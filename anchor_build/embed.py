@@ -1,6 +1,6 @@
 """Container images inside an initramfs, for use after the boot: one squashfs with an OCI layout of all of them.
 
-The node mounts that file from where it is (lib/anchor-images.sh), so memory holds it once. What a tag means is asked
+The node mounts that file from where it is (lib/anchor-embedded.sh), so memory holds it once. What a tag means is asked
 for first: the digest decides whether a build is in the cache, and only a build fetches.
 """
 
@@ -30,7 +30,7 @@ from anchor_build.oci import (
 from anchor_build.run import run
 from anchor_build.transfer import Fetching
 
-# In /etc/anchor, as the other files of a site; lib/anchor-images.sh has the name, too.
+# In /etc/anchor, as the other files of a site; lib/anchor-embedded.sh has the name, too.
 FILE = "images.squashfs"
 LARGE_BYTES = 100_000_000
 # Building reads an initramfs back as a whole, and nodes unpack it as one.

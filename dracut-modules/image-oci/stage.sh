@@ -40,13 +40,13 @@ anchor_oci__run() {
         return 0
     fi
     rest=$anchor_oci_platform
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     anchor_oci_open "$work" "$references" && anchor_oci__prepare "$dir" "$rest" &&
-        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_image_seal "$dir"
+        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_memory_seal "$dir"
     status=$?
     rm -rf "${work:?}"
     [ "$status" -eq 0 ] && return 0
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -99,7 +99,7 @@ anchor_oci_mount() {
     anchor_recall "$dir/stack"
     error=$(anchor_oci__overlay "$dir" "$anchor_recall" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" "does this kernel have overlayfs (the overlay module)?"
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -159,21 +159,21 @@ anchor_oci__kind() {
 # fails on it.
 anchor_oci__space() {
     local key value rest needs=0
-    anchor_image_available
+    anchor_memory_available
     while read -r key value rest; do
         needs=$((needs + value))
     done <"$anchor_oci_dir/layers"
     anchor_note_number bytes "$needs"
     anchor_note_number layers "$anchor_oci_count"
-    if [ "$needs" -ge "$anchor_image_available" ]; then
+    if [ "$needs" -ge "$anchor_memory_available" ]; then
         anchor_fetch_amount "$needs"
         needs=$anchor_fetch_amount
-        anchor_fetch_amount "$anchor_image_available"
+        anchor_fetch_amount "$anchor_memory_available"
         anchor_fail "the image is too large: its layers have $needs as they are, and $anchor_fetch_amount of memory may be used" \
             "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
         return 1
     fi
-    anchor_image_space "$1" "$anchor_image_available"
+    anchor_memory_space "$1" "$anchor_memory_available"
 }
 
 # usage: anchor_oci__layers DIR
@@ -404,8 +404,8 @@ anchor_oci__files() {
 # usage: anchor_oci__attach DIR NUMBER TYPE
 # Mounts a layer's file.
 anchor_oci__attach() {
-    anchor_image_attach "$3" "$1/l$2" "$1/m$2" && return 0
-    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $anchor_image_error" \
+    anchor_mount_file "$3" "$1/l$2" "$1/m$2" && return 0
+    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $anchor_mount_error" \
         "does this kernel have loop and $3 with the layer's compression? (see dmesg)"
     return 1
 }

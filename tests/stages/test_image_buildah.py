@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
-for lib in report mounts image fetch http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory fetch http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
@@ -361,7 +361,7 @@ def test_a_registry_that_goes_away_meanwhile_ends_the_step_and_leaves_nothing(da
     push(dash.site.plain, "team/going", [layer])
     gone = """
     anchor_fetch_attempts=2
-    anchor_image_space() {
+    anchor_memory_space() {
         mkdir -p "$1" && mount -t tmpfs tmpfs "$1"
         anchor_oci_bases=https://127.0.0.1:9/v2/team/going
     }

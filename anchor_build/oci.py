@@ -66,6 +66,10 @@ HINTS = (
         r"no such host|connection refused|i/o timeout|no route to host|unreachable|connection reset",
         "is the name right, and the registry up?",
     ),
+    (
+        r"unexpected HTTP status: 5[0-9]{2}|internal server error|unknown error",
+        "the registry failed: is there room in its storage? Its own log says why",
+    ),
     (r"policy|signature", "the host's signature policy is in /etc/containers/policy.json: containers-policy.json(5)"),
 )
 

@@ -117,7 +117,8 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
         manifest, digest = verified(push.image, manifest_file, push.keys)
         _, data = read_manifest(manifest_file)
         kernel, warnings = _boot_files(push, manifest)
-    what = f"--to {push.target}"
+    to = f"{'oci+http' if push.target.plain else 'oci'}://{push.target.registry}/{push.target.name}:{push.target.tag}"
+    what = f"--to {to}"
     with disk_errors(), work_directory() as work:
         layout = work / "layout"
         entry, files = _layout(push, layout, manifest, digest, kernel)
@@ -144,7 +145,7 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
             facts = (manifest.format, manifest.unpacked, manifest.kernels)
             made = write_manifest(Named(here, int(entry["size"]), *facts), push.signing, key)
     return {
-        "to": f"{'oci+http' if here.plain else 'oci'}://{here.registry}/{here.name}:{here.tag}",
+        "to": to,
         "reference": str(here),
         "digest": here.digest,
         "previous": previous,

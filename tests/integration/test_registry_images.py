@@ -397,6 +397,20 @@ def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, imag
     assert harmed.returncode == 1 and "is not the image of" in harmed.stderr
 
 
+def test_a_registry_without_room_keeps_its_tag(run: Run, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree-of-node/etc/large").write_bytes(os.urandom(2_000_000))
+    made = run("image", "tree-of-node", "-o", "large.squashfs")
+    assert made.returncode == 0, made.stderr
+    key = read_public_keys([tmp_path / "site.pub"])
+    with registry(tmp_path / "registry", storage=tmp_path / "storage", room=1_000_000) as server:
+        target = parse_target(f"oci+http://{server.host}/nodes/x:v1")
+        first = publish_oci(Push(image, target, key), quiet)
+        with pytest.raises(AnchorError, match=r"oci\+http://.*: writing blob") as caught:
+            publish_oci(Push(tmp_path / "large.squashfs", target), quiet)
+        assert "is there room in its storage?" in caught.value.hint
+        assert publish_oci(Push(image, target, key), quiet)["previous"] == first["digest"]
+
+
 # --- Images in an initramfs -------------------------------------------------------------------------------
 
 

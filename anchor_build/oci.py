@@ -63,12 +63,12 @@ HINTS = (
     (r"no image found in (image index|manifest list)", "name one that it has: --platform OS/ARCHITECTURE"),
     (r"manifest unknown|name unknown|not found| 404", "check name and tag: was it pushed to this registry?"),
     (
-        r"no such host|connection refused|i/o timeout|no route to host|unreachable|connection reset",
-        "is the name right, and the registry up?",
+        r"unexpected HTTP status: 5|internal server error|unknown error|writing blob.*(broken pipe|reset|EOF|closed)",
+        "the registry failed: is there room in its storage? Its own log says why",
     ),
     (
-        r"unexpected HTTP status: 5[0-9]{2}|internal server error|unknown error",
-        "the registry failed: is there room in its storage? Its own log says why",
+        r"no such host|connection refused|i/o timeout|no route to host|unreachable|connection reset",
+        "is the name right, and the registry up?",
     ),
     (r"policy|signature", "the host's signature policy is in /etc/containers/policy.json: containers-policy.json(5)"),
 )
@@ -262,6 +262,8 @@ def explained(what: str, said: str) -> AnchorError:
     """Return the failure that a tool of containers wrote down, with what helps."""
     found = re.findall(r'level=fatal msg="((?:[^"\\]|\\.)*)"', said)
     reason = printable(found[-1].replace('\\"', '"').replace("\\n", " ") if found else said.strip()[-600:])
+    # A query says nothing to people, and may be what opens somebody's store.
+    reason = re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", reason)
     hint = next((text for pattern, text in HINTS if re.search(pattern, reason, re.IGNORECASE)), "")
     kind = MissingError if re.search(MISSING, reason) else AnchorError
     return kind(f"{what}: {reason}", hint or disk_hint(reason))

@@ -20,9 +20,10 @@ import pytest
 from anchor_build.container import unpacked
 from anchor_build.embed import pack, resolve
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import file_digest
-from anchor_build.manifest import manifest_text, read_manifest
-from anchor_build.oci import Access
+from anchor_build.files import file_digest, sha256
+from anchor_build.image import ImageBuild, build_image
+from anchor_build.manifest import DAY_S, manifest_text, read_manifest
+from anchor_build.oci import Access, Skopeo
 from anchor_build.publish_oci import Push, parse_target, publish_oci
 from anchor_build.signing import open_key, read_public_keys, sign_text
 from contrib.site import pki
@@ -224,15 +225,20 @@ def test_images_that_cannot_be_unpacked_say_why(run: Run, site: stage.Site, tmp_
 
 
 @pytest.fixture
-def image(tmp_path: Path, run: Run) -> Path:
-    """Return a signed image, made by the command; its key is site.pub beside it."""
+def image(tmp_path: Path) -> Path:
+    """Return a signed image; its key is site.pub beside it."""
     tree = tmp_path / "tree-of-node"
     (tree / "etc").mkdir(parents=True)
     (tree / "etc/os-release").write_text("ID=demo\n")
     key, _ = make_key(tmp_path, "site")
-    done = run("image", tree, "-o", "node.squashfs", "--sign-key", key, "--valid-for", "30d")
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "node.squashfs"
+    return made(tree, key)
+
+
+def made(tree: Path, key: str) -> Path:
+    """Make the image node.squashfs of a tree, beside it."""
+    output = tree.with_name("node.squashfs")
+    build_image(ImageBuild(output, tree, sign_key=key, valid_for=30 * DAY_S), quiet)
+    return output
 
 
 def uploads(server: Registry) -> int:
@@ -397,18 +403,18 @@ def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, imag
     assert harmed.returncode == 1 and "is not the image of" in harmed.stderr
 
 
-def test_a_registry_without_room_keeps_its_tag(run: Run, image: Path, tmp_path: Path) -> None:
-    (tmp_path / "tree-of-node/etc/large").write_bytes(os.urandom(2_000_000))
-    made = run("image", "tree-of-node", "-o", "large.squashfs")
-    assert made.returncode == 0, made.stderr
+def test_a_registry_without_room_keeps_its_tag(image: Path, tmp_path: Path) -> None:
     key = read_public_keys([tmp_path / "site.pub"])
     with registry(tmp_path / "registry", storage=tmp_path / "storage", room=1_000_000) as server:
         target = parse_target(f"oci+http://{server.host}/nodes/x:v1")
         first = publish_oci(Push(image, target, key), quiet)
+        (tmp_path / "tree-of-node/large").write_bytes(os.urandom(2_000_000))
+        larger = Push(made(tmp_path / "tree-of-node", str(tmp_path / "site.key")), target, key)
         with pytest.raises(AnchorError, match=r"oci\+http://.*: writing blob") as caught:
-            publish_oci(Push(tmp_path / "large.squashfs", target), quiet)
+            publish_oci(larger, quiet)
         assert "is there room in its storage?" in caught.value.hint
-        assert publish_oci(Push(image, target, key), quiet)["previous"] == first["digest"]
+        there = Skopeo(tmp_path).document(target, "the tag")
+        assert there is not None and f"sha256:{sha256(there)}" == first["digest"]
 
 
 # --- Images in an initramfs -------------------------------------------------------------------------------

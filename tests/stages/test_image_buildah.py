@@ -40,7 +40,8 @@ export REGISTRY_AUTH_FILE BUILDAH_ISOLATION HTTPS_PROXY
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10 LOWER=$ANCHOR_ROOT/run/anchor/lower
 mkdir -p "$LOWER" || exit 9
 anchor_stage_for_scheme() { return 1; }
-eval "$BEFORE"
+"""
+RUN = """
 anchor_buildah_run && anchor_buildah_mount "$LOWER" || exit 1
 """
 PARAMETERS = ("registry", "image", "policy", "lookaside", "platform", "user", "password", "proxy")
@@ -104,7 +105,7 @@ class Node(oci.Node):
         env = {f"anchor_buildah_{key}": value for key, value in values.items()}
         env |= {f"anchor_fetch_{key}": str(value) for key, value in oci.FETCH.items()}
         env |= {"STAGE": str(TOP / "dracut-modules/image-buildah/stage.sh"), "TOP": str(TOP), "PYTHON": sys.executable}
-        return self.shell.run(SCRIPT + more, env=env | {"BEFORE": setup} | dict(given or {}), unshare=("--mount",))
+        return self.shell.run(SCRIPT + setup + RUN + more, env=env | dict(given or {}), unshare=("--mount",))
 
     def refused(self, image: str, *messages: str, given: Mapping[str, str] | None = None, **parameters: str) -> str:
         """Make sure that nothing is mounted or left, and that the step's error and hint hold all messages."""

@@ -80,6 +80,7 @@ anchor_disk__kexec_load() {
         *:*'not permitted'* | *:*[Kk]'ey '* | *:*'No data available'* | *:*'Bad message'* | *:*'Package not installed'*)
             hint="the running kernel wants it signed with a key that it has: under Secure Boot those of the firmware and of \
 shim (MOK), with lockdown= alone its own; or let the firmware boot the disk (reboot)"
+            case $error in *'No data available'*) error="$error (it has no signature)" ;; esac
             ;;
         *)
             anchor_info "kexec_file_load does not take it: $(printf '%.200s' "$error"); trying kexec_load"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 import click
 
 TICK_S = 0.2
+# Where no line can be rewritten, as in a pipeline's log, there is a new one so often: some end what is silent.
+LINE_S = 15.0
+ELLIPSIS = "\u2026"
 ERASE_LINE = "\r\033[K"
 
 
@@ -42,7 +46,7 @@ class Console:
         started = time.monotonic()
         done = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(title, started, done, progress), daemon=True)
-        if self.live:
+        if self.live or (progress and self.verbosity >= 0):
             ticker.start()
         mark, colour = "failed", "red"
         try:
@@ -58,9 +62,14 @@ class Console:
                 self._say(f"{start}{self.paint(f'{mark:>6}', colour)}  {title}  {self.paint(elapsed, 'bright_black')}")
 
     def _tick(self, title: str, started: float, done: threading.Event, progress: Callable[[], str] | None) -> None:
-        while not done.wait(TICK_S):
+        live = self.live
+        while not done.wait(TICK_S if live else LINE_S):
             far = f"  {progress()}" if progress else ""
-            click.echo(f"{ERASE_LINE}   ...  {title}  {time.monotonic() - started:.0f} s{far}", nl=False, err=True)
+            rest = f"  {time.monotonic() - started:.0f} s{far}"
+            # A line that is longer than the terminal is wide cannot be rewritten.
+            room = shutil.get_terminal_size().columns - len(rest) - 9 if live else len(title)
+            line = f"   ...  {title if len(title) <= room else title[: max(room - 1, 0)] + ELLIPSIS}{rest}"
+            click.echo(f"{ERASE_LINE}{line}" if live else line, nl=not live, err=True)
 
     def info(self, text: str) -> None:
         """Say something that only matters to a person watching."""

@@ -35,10 +35,12 @@ from anchor_build.oci import (
     missing_programs,
     parse_reference,
     read_blob,
+    sizes_of,
     write_layout,
 )
 from anchor_build.root import Root, open_root
 from anchor_build.run import run
+from anchor_build.transfer import Fetching, Reading
 
 PROGRAMS = ("skopeo", "umoci")
 # containers-transports(5): what skopeo takes as it is.
@@ -92,16 +94,21 @@ def unpacked(reference: str, what: str, access: Access, platform: str, step: Ste
         raise AnchorError(f"{what}: " + "\n".join(problems))
     wanted = check_platform(platform)
     with disk_errors(), work_directory() as work:
-        with step(f"fetch the container image {reference}"):
-            source, plain = find_source(reference, what, work)
-            skopeo = Skopeo(work, access, wanted)
+        source, plain = find_source(reference, what, work)
+        skopeo = Skopeo(work, access, wanted)
+        progress = Fetching(work / "layout")
+        with step(f"fetch the container image {reference}", progress):
+            if source.startswith("docker://"):
+                progress.sizes = sizes_of(skopeo, parse_reference(reference, what), what)
             skopeo.copy(source, "oci:layout:image", what, "--dest-oci-accept-uncompressed-layers", plain=plain)
         manifest, config, digest = _examined(work / "layout", what, wanted)
         layers = manifest["layers"]
+        reading = Reading((), "layer")
         with step(
-            f"unpack its layers, {len(layers)}, {sum(layer['size'] for layer in layers) / 1e6:.0f} MB as they are"
+            f"unpack its layers, {len(layers)}, {sum(layer['size'] for layer in layers) / 1e6:.0f} MB as they are",
+            reading,
         ):
-            _unpack(work, manifest, config, what)
+            _unpack(work, manifest, config, what, reading)
         yield Container(
             work / "root",
             digest,
@@ -210,7 +217,7 @@ def _labels(config: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): str(value) for key, value in pairs}
 
 
-def _unpack(work: Path, manifest: dict[str, Any], config: Mapping[str, Any], what: str) -> None:
+def _unpack(work: Path, manifest: dict[str, Any], config: Mapping[str, Any], what: str, reading: Reading) -> None:
     layout = work / "layout"
     size = 0
     for number, layer in enumerate(manifest["layers"]):
@@ -228,10 +235,12 @@ def _unpack(work: Path, manifest: dict[str, Any], config: Mapping[str, Any], wha
             )
     entry = {"mediaType": MANIFEST, **add_blob(layout, json_bytes(manifest))}
     write_layout(layout, {"image": entry})
+    reading.files = [layout / "blobs/sha256" / layer["digest"].removeprefix("sha256:") for layer in manifest["layers"]]
     try:
         # It compares the digests of layers with those in manifest and configuration. What no layer has an entry for
         # must not depend on who builds.
-        run(["umoci", "raw", "unpack", "--image", "layout:image", "root"], cwd=work, umask=0o022, timeout=TIMEOUT)
+        argv = ["umoci", "raw", "unpack", "--image", "layout:image", "root"]
+        run(argv, cwd=work, umask=0o022, timeout=TIMEOUT, watch=reading.watch)
     except ProcessError as error:
         said = printable(error.tail.rpartition(FAILED)[2].strip()[-600:])
         raise AnchorError(f"{what}: cannot be unpacked: {said}", disk_hint(said) or "publish the image again") from None

@@ -1,6 +1,6 @@
 """Container images inside an initramfs, for use after the boot: one squashfs with an OCI layout of all of them.
 
-The node mounts that file from where it is (lib/anchor-images.sh), so memory holds it once. What a tag means is asked
+The node mounts that file from where it is (lib/anchor-embedded.sh), so memory holds it once. What a tag means is asked
 for first: the digest decides whether a build is in the cache, and only a build fetches.
 """
 
@@ -17,10 +17,20 @@ from anchor_build.console import Step
 from anchor_build.container import TRANSPORTS, find_source
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import disk_errors, disk_hints, file_digest, sha256, work_directory
-from anchor_build.oci import Access, Skopeo, entry_named, host_platform, missing_programs, parse_reference, read_blob
+from anchor_build.oci import (
+    Access,
+    Skopeo,
+    entry_named,
+    host_platform,
+    missing_programs,
+    parse_reference,
+    read_blob,
+    sizes_of,
+)
 from anchor_build.run import run
+from anchor_build.transfer import Fetching
 
-# In /etc/anchor, as the other files of a site; lib/anchor-images.sh has the name, too.
+# In /etc/anchor, as the other files of a site; lib/anchor-embedded.sh has the name, too.
 FILE = "images.squashfs"
 LARGE_BYTES = 100_000_000
 # Building reads an initramfs back as a whole, and nodes unpack it as one.
@@ -89,16 +99,19 @@ def pack(images: Sequence[Embedded], access: Access, work: Path, step: Step) -> 
     rows = []
     for image in images:
         what = f"--embed-image {image.source}"
-        with step(f"fetch {image.name} for use after the boot"):
-            (top / "source").unlink(missing_ok=True)
-            source, plain = find_source(image.source, what, top)
+        (top / "source").unlink(missing_ok=True)
+        source, plain = find_source(image.source, what, top)
+        progress = Fetching(top / "layout")
+        with step(f"fetch {image.name} for use after the boot", progress):
+            if source.startswith("docker://"):
+                progress.sizes = sizes_of(skopeo, parse_reference(image.source, what), what)
             skopeo.copy(source, f"oci:layout:{image.name}", what, "--dest-oci-accept-uncompressed-layers", plain=plain)
         rows.append(_row(top / "layout", image, what))
     for blob in (top / "layout/blobs/sha256").iterdir():
         if file_digest(blob) != blob.name:
             raise AnchorError(f"--embed-image: {blob.name} is not what its digest says", "is the disk sound?")
     output = top / FILE
-    with disk_hints(), step("pack what was fetched"):
+    with disk_hints(), step("pack what was fetched", lambda: _written(output)):
         for path in sorted((top / "layout").rglob("*")):
             os.utime(path, (0, 0))
         os.utime(top / "layout", (0, 0))
@@ -109,6 +122,10 @@ def pack(images: Sequence[Embedded], access: Access, work: Path, step: Step) -> 
             "put the images into the root image, or let nodes fetch them when they have booted",
         )
     return output.read_bytes(), rows
+
+
+def _written(output: Path) -> str:
+    return f"{output.stat().st_blocks * 512 / 1e6:.0f} MB written" if output.exists() else ""
 
 
 def _row(layout: Path, image: Embedded, what: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from anchor_build.files import (
 from anchor_build.manifest import RELEASE, SUFFIX, Manifest, manifest_text, read_manifest
 from anchor_build.oci import Access, missing_programs
 from anchor_build.run import run, which
-from anchor_build.signing import SigningKey, open_key, sign_text
+from anchor_build.signing import SigningKey, open_key, sign_text, trust_warnings
 from anchor_build.version import source_date_epoch
 
 # What the kernel or systemd mounts something on: the directories belong to an image, what is in them does not.
@@ -462,11 +462,7 @@ def _places(urls: Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest, key: SigningKey | None) -> dict[str, Any]:
-    warnings = list(facts["warnings"])
-    if key is None:
-        warnings.append("the manifest is not signed (--sign-key): only the server vouches for it")
-    elif build.valid_for is None:
-        warnings.append("the manifest does not expire (--valid-for): whoever keeps it can serve it for ever")
+    warnings = [*facts["warnings"], *trust_warnings(signed=key is not None, ends=build.valid_for is not None)]
     if not manifest.kernels:
         warnings.append("the image holds no kernel modules")
     return {

@@ -37,6 +37,8 @@ SINGLE: dict[str, tuple[str, dict[str, object]]] = {
     "expires": ("int", {"min": 0}),
 }
 REQUIRED = ("image", "sha256", "size", "created")
+# The stage of images at a registry: there `sha256` and `size` are of the OCI manifest or index, `mirrors` references.
+REGISTRY_STAGE = "oci"
 DAY_S = 86400
 # No manifest is older than the format.
 EARLIEST_DATE = "2020-01-01"

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ HINTS = (
     ),
     (r"no image found in (image index|manifest list)", "name one that it has: --platform OS/ARCHITECTURE"),
     (r"manifest unknown|name unknown|not found| 404", "check name and tag: was it pushed to this registry?"),
+    (
+        r"unexpected HTTP status: 5|internal server error|unknown error|writing blob.*(broken pipe|reset|EOF|closed)",
+        "the registry failed: is there room in its storage? Its own log says why",
+    ),
     (
         r"no such host|connection refused|i/o timeout|no route to host|unreachable|connection reset",
         "is the name right, and the registry up?",
@@ -157,12 +161,23 @@ class Skopeo:
     access: Access = Access()
     platform: str = ""
 
-    def copy(self, source: str, target: str, what: str, *options: str, plain: bool = False) -> None:
-        """Copy an image between what skopeo calls transports; `plain` is for http. Raises AnchorError."""
+    def copy(
+        self,
+        source: str,
+        target: str,
+        what: str,
+        *options: str,
+        plain: bool = False,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Copy an image between what skopeo calls transports; `plain` is for http, `watch` as in run.
+
+        Raises AnchorError.
+        """
         side = "dest-" if target.startswith("docker://") else "src-"
         at_registry = "docker://" in source + target
         words = self._registry(side, plain=plain) if at_registry else []
-        self._run("copy", [*options, "--retry-times", "2", *words, source, target], what)
+        self._run("copy", [*options, "--retry-times", "2", *words, source, target], what, watch=watch)
 
     def document(self, reference: Reference, what: str) -> bytes | None:
         """Return the manifest or index at a reference, None where there is none. Raises AnchorError."""
@@ -216,6 +231,29 @@ class Skopeo:
             raise explained(what, error.tail) from None
 
 
+def sizes_of(skopeo: Skopeo, reference: Reference, what: str) -> list[int]:
+    """Return the bytes of the layers of an image at a registry, for skopeo's platform where there are several.
+
+    Empty where the registry's answer is none that could be copied. Raises AnchorError.
+    """
+    for _ in range(2):
+        try:
+            document = json.loads(skopeo.document(reference, what) or b"{}")
+            if "layers" in document:
+                return [int(layer["size"]) for layer in document["layers"]]
+            reference = reference.at(next(_entries_for(document, skopeo.platform or host_platform())))
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
+            break
+    return []
+
+
+def _entries_for(index: Mapping[str, Any], wanted: str) -> Iterator[str]:
+    for entry in index["manifests"]:
+        has = entry.get("platform", {})
+        if f"{wanted}/".startswith(f"{has.get('os')}/{has.get('architecture')}/") and DIGEST.fullmatch(entry["digest"]):
+            yield str(entry["digest"])
+
+
 class MissingError(AnchorError):
     """The registry has no such image."""
 
@@ -224,6 +262,8 @@ def explained(what: str, said: str) -> AnchorError:
     """Return the failure that a tool of containers wrote down, with what helps."""
     found = re.findall(r'level=fatal msg="((?:[^"\\]|\\.)*)"', said)
     reason = printable(found[-1].replace('\\"', '"').replace("\\n", " ") if found else said.strip()[-600:])
+    # A query says nothing to people, and may be what opens somebody's store.
+    reason = re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", reason)
     hint = next((text for pattern, text in HINTS if re.search(pattern, reason, re.IGNORECASE)), "")
     kind = MissingError if re.search(MISSING, reason) else AnchorError
     return kind(f"{what}: {reason}", hint or disk_hint(reason))

@@ -43,7 +43,8 @@ class Plan:
         """
         found = dict.fromkeys((word for stage in self.all for word in stage.refused), "")
         for stage in self.known:
-            found |= {name: stage.id for param in stage.params if param.required for name in param.names}
+            chooses = [param for param in stage.params if param.required or stage.places == (param,)]
+            found |= {name: stage.id for param in chooses for name in param.names}
         return found
 
     def of_kind(self, kind: str) -> tuple[Stage, ...]:

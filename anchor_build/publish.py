@@ -26,7 +26,15 @@ from urllib.parse import urlsplit
 from anchor_build.console import Step
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import beside, disk_errors, file_digest, put_in_place
-from anchor_build.manifest import MAX_BYTES, SUFFIX, Manifest, parse_manifest, read_manifest, split_manifest
+from anchor_build.manifest import (
+    MAX_BYTES,
+    REGISTRY_STAGE,
+    SUFFIX,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    split_manifest,
+)
 from anchor_build.run import run
 from anchor_build.signing import PublicKey, verify_signature
 
@@ -34,6 +42,7 @@ S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9._/-
 # The largest object of one PUT request (docs: Amazon S3, "Uploading objects"); multipart uploads are not made here.
 S3_MAX_BYTES = 5 * 2**30
 STALL_S = 60
+VERIFY = "verify the image, its manifest and the signature"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 HINTS = {
     "NoSuchBucket": "make the bucket first",
@@ -262,6 +271,8 @@ def find_credentials(env: Mapping[str, str]) -> Credentials:
 def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], step: Step) -> dict[str, Any]:
     """Verify an image and its manifest, then publish them; return a report. What is there already is left alone.
 
+    `image` may be the manifest of an image that is at a registry: then there is only that to publish.
+
     Raises AnchorError when the two do not belong together, the signature is not by one of `keys`, the manifest has
     expired, or the target refuses.
     """
@@ -270,26 +281,29 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
             f"{image}: has {image.stat().st_size / 2**30:.1f} GiB, and S3 takes 5 GiB in one request",
             "publish into a directory and upload that with a client that does multipart uploads",
         )
-    manifest_file = image.with_name(image.name + SUFFIX)
-    with step("verify the image, its manifest and the signature"), disk_errors():
-        manifest, sha256 = verified(image, manifest_file, keys)
+    alone = image.name.endswith(SUFFIX)
+    manifest_file = image if alone else image.with_name(image.name + SUFFIX)
+    with step("verify the manifest and its signature" if alone else VERIFY), disk_errors():
+        if alone:
+            manifest, sha256 = _verified_alone(manifest_file, keys), ""
+        else:
+            manifest, sha256 = verified(image, manifest_file, keys)
     name = manifest_file.name
-    _refuse_older(image, manifest, target, name, keys)
+    _refuse_older(manifest_file, manifest, target, name, keys)
     report: dict[str, Any] = {"to": to, "signed_by": None, "files": []}
     _, data = read_manifest(manifest_file)
     if keys:
         report["signed_by"] = verify_signature(data, keys).fingerprint
-    files = [
-        (manifest.file or image.name, image, sha256),
-        (manifest_file.name, manifest_file, file_digest(manifest_file)),
-    ]
+    files = [(manifest_file.name, manifest_file, file_digest(manifest_file))]
+    if not alone:
+        files.insert(0, (manifest.file or image.name, image, sha256))
     for name, path, digest in files:
         started = time.monotonic()
         with step(f"publish {name}, {path.stat().st_size / 1e6:.1f} MB"), disk_errors():
             there = target.has(name, path, digest)
             if not there and path == manifest_file:
                 # Somebody else may have published while the image was on its way.
-                _refuse_older(image, manifest, target, name, keys)
+                _refuse_older(manifest_file, manifest, target, name, keys)
             if not there:
                 target.put(name, path, digest)
         report["files"].append(
@@ -304,7 +318,7 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
     return report
 
 
-def _refuse_older(image: Path, manifest: Manifest, target: Target, name: str, keys: Sequence[PublicKey]) -> None:
+def _refuse_older(file: Path, manifest: Manifest, target: Target, name: str, keys: Sequence[PublicKey]) -> None:
     """Refuse to replace a newer manifest; one that nodes would not believe does not count."""
     with disk_errors():
         data = target.read(name)
@@ -318,9 +332,9 @@ def _refuse_older(image: Path, manifest: Manifest, target: Target, name: str, ke
         return
     if there.created > manifest.created:
         raise AnchorError(
-            f"{name} is there already, and newer: of {_date(there.created)}, while {image}{SUFFIX} is of "
+            f"{name} is there already, and newer: of {_date(there.created)}, while {file} is of "
             f"{_date(manifest.created)}",
-            f"if nodes are to go back to this image, make it the newest: anchor-build image {image} --sign-key KEY",
+            f"if nodes are to go back to this image, make it the newest: {_anew(manifest, file)} --sign-key KEY",
         )
 
 
@@ -342,6 +356,20 @@ def verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tup
             f"{image}: is not the image of {manifest_file}: its SHA-256 is {sha256}, expected {manifest.sha256}",
             "make them together: anchor-build image",
         )
+    _believed(manifest, data, manifest_file, keys)
+    return manifest, sha256
+
+
+def _verified_alone(manifest_file: Path, keys: Sequence[PublicKey]) -> Manifest:
+    """Return the manifest of an image at a registry; raises AnchorError for another, and unless nodes take it."""
+    manifest, data = read_manifest(manifest_file)
+    if manifest.image != REGISTRY_STAGE:
+        raise AnchorError(f"{manifest_file}: is the manifest of a file", "name that: both are published together")
+    _believed(manifest, data, manifest_file, keys)
+    return manifest
+
+
+def _believed(manifest: Manifest, data: bytes, manifest_file: Path, keys: Sequence[PublicKey]) -> None:
     if keys:
         verify_signature(data, keys)
     elif split_manifest(data)[1]:
@@ -352,6 +380,12 @@ def verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tup
     if manifest.expires is not None and manifest.expires <= time.time():
         raise AnchorError(
             f"{manifest_file}: has expired: no node would accept it",
-            f"give it a later end: anchor-build image {image} --valid-for 30d",
+            f"give it a later end: {_anew(manifest, manifest_file)} --valid-for 30d",
         )
-    return manifest, sha256
+
+
+def _anew(manifest: Manifest, file: Path) -> str:
+    """Return the command that makes a manifest anew, without the options for its key and its end."""
+    if manifest.image == REGISTRY_STAGE and manifest.mirrors:
+        return f"anchor-build image --at {manifest.mirrors[0].removeprefix('https://')}@sha256:{manifest.sha256}"
+    return f"anchor-build image {str(file).removesuffix(SUFFIX)}"

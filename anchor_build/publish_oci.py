@@ -23,6 +23,7 @@ from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import disk_errors, file_digest, sha256, work_directory
 from anchor_build.image import image_format
 from anchor_build.manifest import SUFFIX, Manifest, read_manifest
+from anchor_build.manifest_oci import Named, Signing, write_manifest
 from anchor_build.oci import (
     INDEX,
     MANIFEST,
@@ -36,8 +37,9 @@ from anchor_build.oci import (
     parse_reference,
     write_layout,
 )
-from anchor_build.publish import verified
+from anchor_build.publish import VERIFY, verified
 from anchor_build.signing import PublicKey, verify_signature
+from anchor_build.transfer import Reading
 from anchor_build.version import source_date_epoch
 
 SCHEMES = ("oci://", "oci+http://")
@@ -56,7 +58,10 @@ PARAMETER = "rd.anchor.oci.image"
 
 @dataclass(frozen=True)
 class Push:
-    """What to put where: `initramfs` and `kernel` make it a set, for `platform`; `annotations` are of its documents."""
+    """What to put where: `initramfs` and `kernel` make it a set, for `platform`; `annotations` are of its documents.
+
+    With `signing` a manifest is made that names what was pushed.
+    """
 
     image: Path
     target: Reference
@@ -66,6 +71,7 @@ class Push:
     platform: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
+    signing: Signing | None = None
 
 
 def is_registry(to: str) -> bool:
@@ -104,11 +110,15 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
     if problems := missing_programs("skopeo"):
         raise AnchorError("\n".join(problems))
     manifest_file = push.image.with_name(push.image.name + SUFFIX)
-    with step("verify the image, its manifest and the signature"), disk_errors():
+    with disk_errors():
+        # What is wrong with the key is said before anything is pushed.
+        key = push.signing.open() if push.signing else None
+    with step(VERIFY), disk_errors():
         manifest, digest = verified(push.image, manifest_file, push.keys)
         _, data = read_manifest(manifest_file)
         kernel, warnings = _boot_files(push, manifest)
-    what = f"--to {push.target}"
+    to = f"{'oci+http' if push.target.plain else 'oci'}://{push.target.registry}/{push.target.name}:{push.target.tag}"
+    what = f"--to {to}"
     with disk_errors(), work_directory() as work:
         layout = work / "layout"
         entry, files = _layout(push, layout, manifest, digest, kernel)
@@ -118,8 +128,9 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
         with step(f"ask {push.target.registry} what {push.target.name}:{push.target.tag} is"):
             previous = _there(skopeo, push, manifest, what)
         size = sum(file["bytes"] for file in files)
-        with step(f"push {len(files)} files, {size / 1e6:.1f} MB, what is there left out"):
-            skopeo.copy("oci:layout:new", here.source, what, *options, plain=here.plain)
+        reading = Reading([layout / "blobs/sha256" / file["sha256"] for file in files])
+        with step(f"push {len(files)} files, {size / 1e6:.1f} MB, what is there left out", reading):
+            skopeo.copy("oci:layout:new", here.source, what, *options, plain=here.plain, watch=reading.watch)
         with step("read it back, and move the tag"):
             for name in dict.fromkeys([str(entry["digest"]), *(file["manifest"] for file in files)]):
                 if skopeo.document(push.target.at(name), what) is None:
@@ -129,16 +140,22 @@ def publish_oci(push: Push, step: Step) -> dict[str, Any]:
             skopeo.copy("oci:layout:new", push.target.source, what, *options, plain=here.plain)
             if _digest_of(skopeo.document(push.target, what)) != entry["digest"]:
                 raise AnchorError(f"{what}: the tag is something else already", "does somebody else publish there?")
+        made: dict[str, Any] = {}
+        if push.signing:
+            facts = (manifest.format, manifest.unpacked, manifest.kernels)
+            made = write_manifest(Named(here, int(entry["size"]), *facts), push.signing, key)
     return {
-        "to": f"{'oci+http' if here.plain else 'oci'}://{here.registry}/{here.name}:{here.tag}",
+        "to": to,
         "reference": str(here),
         "digest": here.digest,
         "previous": previous,
         "result": "was there" if previous == here.digest else "published",
         "signed_by": verify_signature(data, push.keys).fingerprint if push.keys else None,
         "boot_parameter": f"{PARAMETER}={here}",
+        "manifest": made.get("manifest"),
+        "manifest_signed_by": made.get("signed_by"),
         "files": files,
-        "warnings": warnings,
+        "warnings": [*warnings, *made.get("warnings", ())],
     }
 
 

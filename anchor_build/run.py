@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ def run(
     hint: str = "",
     umask: int = -1,
     file_limit: int | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
@@ -84,7 +85,8 @@ def run(
 
     `env` is added to our environment, or with `only_env` takes its place.
 
-    A `umask` replaces the caller's. A child that writes a file larger than `file_limit` bytes is killed.
+    A `umask` replaces the caller's. A child that writes a file larger than `file_limit` bytes is killed. `watch` gets
+    its process id.
 
     Raises ProcessError when `check` is set and the status is not 0, and AnchorError when the program is
     missing or the time is up.
@@ -100,6 +102,8 @@ def run(
         stdout=stdout,
         umask=umask,
     )
+    if watch is not None:
+        watch(child.pid)
     if file_limit is not None:
         with suppress(ProcessLookupError):  # it has ended already
             resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (file_limit, file_limit))

@@ -131,6 +131,13 @@ def sign_text(text: str, key: SigningKey) -> str:
     return signed
 
 
+def trust_warnings(*, signed: bool, ends: bool) -> list[str]:
+    """Return what to say of a manifest that is not signed, or is for ever."""
+    if not signed:
+        return ["the manifest is not signed (--sign-key): only the server vouches for it"]
+    return [] if ends else ["the manifest does not expire (--valid-for): whoever keeps it can serve it for ever"]
+
+
 def _failure(done: Completed, secret: str | None) -> ProcessError:
     return ProcessError(done.argv, done.status, done.stderr[-2000:], _hint(done.stderr, secret))
 

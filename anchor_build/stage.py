@@ -198,7 +198,7 @@ def missing_of(stage: Stage) -> str:
     if not stage.places:
         return ""
     others = [param.key for param in stage.places[1:]]
-    return f"is required by the stage {stage.name}, or instead of it {' or '.join(others)}"
+    return f"is required by the stage {stage.name}" + (f", or instead of it {' or '.join(others)}" if others else "")
 
 
 class _Table:
@@ -453,7 +453,8 @@ def _check_one_of(stage: Stage, header: _Table) -> None:
     for name in stage.one_of:
         if name not in free:
             header.problem("one_of", f"{name!r} names no parameter that is neither required nor has a default")
-    if len(stage.one_of) == 1:
+    # A manifest may take the place of an image stage's.
+    if len(stage.one_of) == 1 and stage.kind != "image":
         header.problem("one_of", "names a single parameter: make that one required")
 
 

@@ -227,7 +227,7 @@ anchor_boot_steps() {
     fi
     anchor_step image "image/$anchor_image" "anchor_${anchor_image}_run" || return 1
     if [ -e "${ANCHOR_ROOT:-}/etc/anchor/images.squashfs" ]; then
-        anchor_step images '' anchor_images_run || return 1
+        anchor_step images '' anchor_embedded_run || return 1
     fi
     anchor_recall "$ANCHOR_RUN/steps/finish"
     case $anchor_recall in

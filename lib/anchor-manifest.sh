@@ -3,15 +3,15 @@
 # (/etc/anchor/manifest.pub) only a manifest that its private key signed is believed.
 #
 # Lines of "KEY VALUE", the first one "anchor-manifest 1", the last one "signature BASE64" over all bytes before it:
-#   image      1     the image stage that boots it: squashfs
+#   image      1     the image stage that boots it: squashfs, disk, or oci for one at a registry
 #   format     0-1   what the image is, for people: squashfs, erofs
-#   sha256     1     digest of the image
-#   size       1     bytes of the image
+#   sha256     1     digest of the image; with oci, of its manifest or index
+#   size       1     bytes of what has this digest
 #   unpacked   0-1   bytes of all files in it
 #   created    1     when the manifest was made, in seconds since the epoch
 #   expires    0-1   when it ends, likewise
 #   file       0-1   the image's name beside the manifest
-#   mirror     any   a URL of the image
+#   mirror     any   a URL of the image; with oci, https://REGISTRY/NAME[:TAG]
 #   peer       any   likewise, on another node
 #   kernel     any   a kernel release whose modules are in the image
 #   x-...      any   not for the node
@@ -385,8 +385,9 @@ anchor_manifest__keep() {
     anchor_note image_format "${anchor_manifest_format:-$anchor_manifest_image}"
     anchor_note_number image_bytes "$anchor_manifest_size"
     kernel=$(cat /proc/sys/kernel/osrelease)
-    case "$anchor_manifest_kernels " in
-        *" $kernel "*) ;;
+    # Who names an image without looking into it knows neither its size nor its modules.
+    case "$anchor_manifest_kernels:$anchor_manifest_unpacked" in
+        : | *" $kernel:"* | *" $kernel "*:*) ;;
         *)
             anchor_warn "the image has no modules for this kernel, $kernel; it has them for:${anchor_manifest_kernels:- none}"
             anchor_note warning "no modules for kernel $kernel"

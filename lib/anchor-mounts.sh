@@ -1,6 +1,6 @@
 #!/bin/sh
 # What is mounted on the node, from the kernel's own table: it is there before /etc/mtab or findmnt are, and has no copy
-# below ANCHOR_ROOT.
+# below ANCHOR_ROOT; and file systems that lie in a file.
 
 # usage: anchor_mounted DIR
 # Whether something is mounted on DIR, a path without blanks or backslashes (the kernel writes those as octal numbers).
@@ -15,4 +15,13 @@ anchor_mounted() {
         }
     done </proc/self/mounts
     return 1
+}
+
+# usage: anchor_mount_file TYPE FILE DIR [OPTION,...]
+# Mounts a file that is a file system of TYPE, read-only and with further OPTIONs of mount, on DIR, which it makes. Sets
+# anchor_mount_error on status 1.
+anchor_mount_file() {
+    [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
+    # shellcheck disable=SC2034 # for the caller
+    anchor_mount_error=$({ [ -d "$3" ] || mkdir -p "$3"; } 2>&1 && mount -t "$1" -o "loop,ro${4:+,$4}" "$2" "$3" 2>&1)
 }

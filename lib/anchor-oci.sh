@@ -7,7 +7,7 @@
 # A reference is a URL: https://REGISTRY/NAME[:TAG][@sha256:DIGEST]. http:// is for a reference with a digest only.
 #
 #   anchor_oci_open DIR "REFERENCE..."    the image's reference, and those of its mirrors
-#   anchor_oci_resolve PLATFORM           the manifest, checked; sets what is listed there
+#   anchor_oci_resolve PLATFORM [SIZE]    the manifest, checked; sets what is listed there
 #   anchor_oci_get DIGEST SIZE DEST       a blob as a file
 #   anchor_oci_stream DIGEST SIZE NAME FUNCTION   a blob as standard input
 #   anchor_oci_authfile FILE              the credentials, for another program
@@ -147,9 +147,9 @@ anchor_oci_here() {
     anchor_oci_wanted=linux/$anchor_oci_wanted
 }
 
-# usage: anchor_oci_resolve [PLATFORM]
+# usage: anchor_oci_resolve [PLATFORM [SIZE]]
 # Fetches the manifest of what anchor_oci_open was given, for PLATFORM (linux/amd64) where there are several; without
-# it, for this node's. Leaves manifest.json and layers (lines of DIGEST SIZE TYPE) in anchor_oci_dir. Sets
+# it, for this node's. SIZE is what the first document must have, in bytes. Leaves manifest.json and layers (lines of DIGEST SIZE TYPE) in anchor_oci_dir. Sets
 # anchor_oci_manifest (its digest), anchor_oci_wanted, anchor_oci_config, anchor_oci_config_size,
 # anchor_oci_config_type and anchor_oci_count (of layers). Notes image, tag's digest and manifest. Status 0 or 1.
 anchor_oci_resolve() {
@@ -158,7 +158,7 @@ anchor_oci_resolve() {
     [ -n "$anchor_oci_wanted" ] || anchor_oci_here
     rest=$anchor_oci_tag
     [ -z "$anchor_oci_digest" ] || rest=sha256:$anchor_oci_digest
-    anchor_oci__document "manifests/$rest" index.json "$anchor_oci_digest" '' || return 1
+    anchor_oci__document "manifests/$rest" index.json "$anchor_oci_digest" "${2:-}" || return 1
     anchor_oci_manifest=$anchor_oci__sha256
     word=${anchor_oci_bases%% *}
     word=${word#*://}

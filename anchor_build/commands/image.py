@@ -28,6 +28,13 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     " containers-storage:NAME. Needs skopeo and umoci.",
 )
 @click.option("--platform", default="", metavar="OS/ARCH", help="Which of its platforms. Default: this host's.")
+@click.option(
+    "--at",
+    "named",
+    metavar="NAME",
+    help="Make only the manifest of an image that stays at its registry, for the image stage oci: REGISTRY/NAME:TAG or"
+    " @sha256:... Default output: NAME.manifest. Needs skopeo.",
+)
 @registry_options
 @click.option("--distribution", metavar="NAME:VERSION", help="Install a distribution instead: debian:bookworm.")
 @click.option(
@@ -65,6 +72,7 @@ def command(
     compression: str,
     container: str | None,
     platform: str,
+    named: str | None,
     access: Access,
     distribution: str | None,
     packages: tuple[str, ...],
@@ -91,18 +99,25 @@ def command(
       anchor-build image --distribution rocky:9 --mirror https://mirror.example/9/BaseOS/ --mirror-key rocky.key
       anchor-build image node.tar --sign-key "pkcs11:token=site;object=manifest;type=private" --url https://store/el9/
       anchor-build image node.squashfs --sign-key manifest.key --valid-for 30d
+      anchor-build image --at registry.example/nodes/compute:2026-11 --sign-key manifest.key --valid-for 30d
     """  # noqa: D301
     from anchor_build.container import TRANSPORTS
     from anchor_build.distribution import VARIANTS, Distribution, known_packages, known_sources
     from anchor_build.files import disk_errors
     from anchor_build.image import ImageBuild, build_image, image_format
-    from anchor_build.oci import check_platform
+    from anchor_build.manifest import SUFFIX
+    from anchor_build.manifest_oci import Signing, name_image
+    from anchor_build.oci import check_platform, parse_reference
     from anchor_build.paramtypes import InvalidValueError, check_value
 
-    if sum(given is not None for given in (source, distribution, container)) != 1:
-        raise click.UsageError("Give one of SOURCE, --from and --distribution.")
-    if container is None and (platform or access != Access()):
-        raise click.UsageError("--platform, --registry-... and --authfile belong to --from.")
+    if sum(given is not None for given in (source, distribution, container, named)) != 1:
+        raise click.UsageError("Give one of SOURCE, --from, --at and --distribution.")
+    if container is None and platform:
+        raise click.UsageError("--platform belongs to --from.")
+    if container is None and named is None and access != Access():
+        raise click.UsageError("--registry-... and --authfile belong to --from and --at.")
+    if named is not None and (format_ or compression or urls or peers):
+        raise click.UsageError("--format, --compression, --url and --peer do not belong to --at.")
     if distribution is None and (packages or mirrors or mirror_key or variant):
         raise click.UsageError("--package, --variant, --mirror and --mirror-key belong to --distribution.")
     if variant and variant not in VARIANTS:
@@ -118,6 +133,18 @@ def command(
             seconds = int(check_value("duration", valid_for, {"min": 60}))
     except InvalidValueError as error:
         raise click.UsageError(f"{url}: {error}.") from None
+    if named is not None:
+        reference = parse_reference(named, f"--at {named}")
+        output = output or Path(reference.name.rpartition("/")[2] + SUFFIX)
+        told = name_image(reference, access, Signing(output, sign_key, sign_pass_file, seconds), console.step)
+        for text in told["warnings"]:
+            console.warn(text)
+        if as_json:
+            console.json(told)
+        else:
+            signed = f", signed by {told['signed_by']}" if told["signed_by"] else ""
+            click.echo(f"{output}: names {told['reference']}{signed}")
+        return
     with disk_errors():
         ready = image_format(source) if source is not None and source.is_file() else ""
     if ready and output is None:

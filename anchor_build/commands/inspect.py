@@ -95,13 +95,17 @@ def as_data(file: Path, artifact: Artifact, files: bool) -> dict[str, Any]:
 def show(console: Console, file: Path, artifact: Artifact, files: bool) -> None:
     """Print an artifact for people: its facts, tables of what has sizes, and its files where they are wanted."""
     click.echo(f"{printable(str(file))}: {artifact.kind}, {_size(artifact.facts['bytes'])}")
-    tables = {name: fact for name, fact in artifact.facts.items() if name == "bytes_by_stage"}
+    tables = ("bytes_by_stage", "embedded")
     for name, fact in artifact.facts.items():
         if name not in tables:
             show_fact(name, fact, files)
-    for table in tables.values():
+    if sizes := artifact.facts.get("bytes_by_stage"):
         click.echo()
-        console.table(["PART", "MB UNPACKED"], [[printable(part), size / 1e6] for part, size in table.items()])
+        console.table(["PART", "MB UNPACKED"], [[printable(part), size / 1e6] for part, size in sizes.items()])
+    if images := artifact.facts.get("embedded"):
+        click.echo()
+        rows = [[printable(name), image["bytes"] / 1e6, image["digest"]] for name, image in images.items()]
+        console.table(["CONTAINER IMAGE", "MB", "DIGEST"], rows)
     if files:
         click.echo()
         console.table(["MODE", "OWNER", "BYTES", "PATH"], [_row(entry) for entry in artifact.entries.values()])

@@ -43,6 +43,15 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Say something of it: version=2026.11, revision=..., or a key of your own with a dot (registry). May be"
     " repeated.",
 )
+@click.option(
+    "--sign-key",
+    default="",
+    metavar="FILE|URI",
+    help="Sign a manifest, IMAGE.oci.manifest, that names what was pushed by its digest (registry): a private key (PEM)"
+    " or a PKCS#11 URI.",
+)
+@click.option("--sign-pass-file", type=FILE, metavar="FILE", help="That key's passphrase or PIN. Default: ask.")
+@click.option("--valid-for", metavar="TIME", help="How long nodes may use that manifest, such as 30d.")
 @registry_options
 @json_option
 @click.pass_obj
@@ -58,6 +67,9 @@ def command(
     kernel: Path | None,
     platform: str,
     annotations: tuple[str, ...],
+    sign_key: str,
+    sign_pass_file: Path | None,
+    valid_for: str | None,
     access: Access,
     as_json: bool,
 ) -> None:
@@ -68,7 +80,8 @@ def command(
     AWS_SECRET_ACCESS_KEY, or from ~/.aws/credentials (AWS_PROFILE).
 
     At an OCI registry the image becomes an artifact that the image stage oci boots; with --initramfs, the kernel and
-    the manifest go with it. The tag moves last. Needs skopeo, whose logins and certificates count.
+    the manifest go with it. The tag moves last. Needs skopeo, whose logins and certificates count. With --sign-key
+    there is a manifest for such an image; IMAGE may be that one, to put it where nodes fetch it.
 
     \b
     Examples:
@@ -76,7 +89,11 @@ def command(
       anchor-build publish node.squashfs --to s3://images/el9 --endpoint https://s3.example --manifest-key k.pub
       anchor-build publish node.squashfs --to oci://registry.example/nodes/compute:2026-11 --manifest-key k.pub
       anchor-build publish node.squashfs --initramfs node.img --to oci://registry.example/nodes/el9:now
+      anchor-build publish node.squashfs.oci.manifest --to /srv/images --manifest-key manifest.pub
     """  # noqa: D301
+    from anchor_build.manifest import SUFFIX
+    from anchor_build.manifest_oci import Signing
+    from anchor_build.paramtypes import InvalidValueError, check_value
     from anchor_build.publish import find_target, publish
     from anchor_build.publish_oci import Push, is_registry, parse_annotations, parse_target, publish_oci
     from anchor_build.signing import read_public_keys
@@ -86,9 +103,18 @@ def command(
             raise click.UsageError("--endpoint, --region and --ca belong to s3://; a registry has --registry-ca.")
         if initramfs is None and (kernel or platform):
             raise click.UsageError("--kernel and --platform belong to --initramfs.")
+        if not sign_key and (sign_pass_file or valid_for):
+            raise click.UsageError("--sign-pass-file and --valid-for belong to --sign-key.")
+        seconds = None
+        try:
+            seconds = int(check_value("duration", valid_for, {"min": 60})) if valid_for else None
+        except InvalidValueError as error:
+            raise click.UsageError(f"{valid_for}: {error}.") from None
+        signing = Signing(image.with_name(f"{image.name}.oci{SUFFIX}"), sign_key, sign_pass_file, seconds)
         keys, target = read_public_keys(manifest_keys), parse_target(to)
         said = parse_annotations(annotations)
-        report = publish_oci(Push(image, target, keys, initramfs, kernel, platform, said, access), console.step)
+        push = Push(image, target, keys, initramfs, kernel, platform, said, access, signing if sign_key else None)
+        report = publish_oci(push, console.step)
         for text in report["warnings"]:
             console.warn(text)
         if as_json:
@@ -97,12 +123,15 @@ def command(
         console.table(["FILE", "MB", "TYPE"], [[f["name"], f["bytes"] / 1e6, f["media_type"]] for f in report["files"]])
         click.echo(f"{report['reference']}: {report['result']}")
         click.echo(report["boot_parameter"])
+        if report["manifest"]:
+            console.info(f"manifest: {report['manifest']}, signed by {report['manifest_signed_by']}")
         if report["previous"] not in (None, report["digest"]):
             console.info(f"before, {to} was {report['previous']}")
         return
-    if initramfs or kernel or platform or annotations or access != Access():
+    if initramfs or kernel or platform or annotations or sign_key or sign_pass_file or valid_for or access != Access():
         raise click.UsageError(
-            "--initramfs, --kernel, --platform, --annotation, --registry-... and --authfile belong to oci://."
+            "--initramfs, --kernel, --platform, --annotation, --sign-..., --valid-for, --registry-... and --authfile"
+            " belong to oci://."
         )
     place = find_target(to, endpoint=endpoint, region=region, ca=ca)
     report = publish(image, to, place, read_public_keys(manifest_keys), console.step)

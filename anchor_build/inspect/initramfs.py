@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from anchor_build.cpio import Initramfs, read_initramfs
+from anchor_build.embed import FILE as IMAGES
 from anchor_build.files import sha256
 from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
+from anchor_build.inspect.embedded import embedded_images
 from anchor_build.readback import driver_dependencies, included_modules, measure_stages
 from anchor_build.registry import Registry, load_registry
 from anchor_build.settings import holds_secret, shown_value
@@ -35,6 +37,8 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
     stages, unknown = _stages(initramfs, registry)
     settings, has_secrets = _settings(initramfs, registry)
     contents = measure_stages(initramfs, stages, driver_dependencies(_text(initramfs, _modules_dep(initramfs))), _none)
+    held = initramfs.resolve(f"etc/anchor/{IMAGES}")
+    embedded, unread = embedded_images(held.content) if held is not None and held.is_file else ({}, "")
     facts: dict[str, Any] = {
         **file_facts(file),
         "archives": [f"{compression}, {count} entries" for compression, count in initramfs.archives],
@@ -58,6 +62,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
         ],
         "uncompressed_bytes": contents.total,
         "bytes_by_stage": dict(contents.by_owner),
+        "embedded": embedded,
     }
     entries = {
         path: Entry(
@@ -74,6 +79,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
     }
     notes = ["shared libraries count as the base system's, whichever stage needs them"] if stages else []
     notes += [f"{name}: is not known here; --stage-dir DIR names its directory" for name in unknown]
+    notes += [unread] if unread else []
     if not stages and not unknown:
         notes.append("holds no stage of anchor-build: it is another initramfs")
     if has_secrets and SETTINGS in entries:

@@ -87,11 +87,13 @@ def registry(
     auth: Auth = "",
     authority: pki.Authority | None = None,
     read_only: bool = False,
+    room: int = 0,
 ) -> Iterator[Registry]:
     """Run a registry below `directory` over `storage`, which several may share.
 
     `leaf` makes it HTTPS, `client_ca` refuses clients without a certificate of that CA. With `auth` only USER may pull;
-    "token" starts a token service with `leaf`, whose tokens are signed by a certificate of `authority`.
+    "token" starts a token service with `leaf`, whose tokens are signed by a certificate of `authority`. With `room` the
+    storage is a tmpfs of so many bytes that this registry alone sees, which needs root.
     """
     directory.mkdir(parents=True, exist_ok=True)
     storage.mkdir(parents=True, exist_ok=True)
@@ -132,6 +134,9 @@ def registry(
         file.write_text(json.dumps(config, indent=2))
         log = directory / "registry.log"
         argv = ["docker-registry", "serve", str(file.resolve())]
+        if room:
+            script = 'mount -t tmpfs -o "size=$1" registry "$2" && shift 2 && exec "$@"'
+            argv = ["unshare", "--mount", "sh", "-c", script, "sh", str(room), str(storage.resolve()), *argv]
         child = stack.enter_context(servers.running(argv, log))
         servers.wait_for([child], lambda: servers.accepts(port), log)
         yield Registry("https" if leaf else "http", port, storage, log, service)

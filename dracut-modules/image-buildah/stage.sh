@@ -27,8 +27,8 @@ anchor_buildah__run() {
     local run="${ANCHOR_ROOT:-}/run/anchor" reference="${anchor_buildah_registry%/}/$anchor_buildah_image" of status
     local dir="$run/image" storage="$run/buildah" work="$run/buildah.d"
     if [ -n "${anchor_manifest_urls:-}" ]; then
-        anchor_fail "the manifest names the image stage buildah, which has manifests of its own" \
-            "give rd.anchor.buildah.image= with a digest instead of rd.anchor.manifest="
+        anchor_fail "the manifest names the image stage buildah, which knows no manifests" \
+            "boot it with the image stage oci: anchor-build image --at makes such manifests"
         return 1
     fi
     anchor_registry_user=$anchor_buildah_user
@@ -42,15 +42,15 @@ anchor_buildah__run() {
             ro | ro,*) return 0 ;;
         esac
     fi
-    anchor_image_free "$dir"
-    anchor_image_free "$storage"
+    anchor_memory_free "$dir"
+    anchor_memory_free "$storage"
     anchor_oci_open "$work" "$reference" && anchor_buildah__prepare && anchor_buildah__pull && anchor_buildah__squash
     status=$?
-    anchor_image_free "$storage"
+    anchor_memory_free "$storage"
     rm -rf "${work:?}" "${storage:?}"
     [ "$status" -eq 0 ] && (umask 077 && anchor_keep "$dir/of" "$of") &&
-        anchor_image_seal "$dir" && return 0
-    anchor_image_free "$dir"
+        anchor_memory_seal "$dir" && return 0
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -59,10 +59,10 @@ anchor_buildah__run() {
 anchor_buildah_mount() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image"
     anchor_mounted "$1" && return 0
-    anchor_image_attach squashfs "$dir/image" "$1" && return 0
-    anchor_fail "cannot mount the image: $anchor_image_error" \
+    anchor_mount_file squashfs "$dir/image" "$1" && return 0
+    anchor_fail "cannot mount the image: $anchor_mount_error" \
         "does this kernel have loop and squashfs with $ANCHOR_BUILDAH_COMPRESSION? (see dmesg)"
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -87,17 +87,17 @@ anchor_buildah__prepare() {
     done <"$anchor_oci_dir/layers"
     anchor_note_number bytes "$bytes"
     anchor_note_number layers "$anchor_oci_count"
-    anchor_image_available
+    anchor_memory_available
     # buildah keeps each layer as it came beside what it unpacks to, until the last one is there.
-    if [ $((2 * bytes)) -ge "$anchor_image_available" ]; then
+    if [ $((2 * bytes)) -ge "$anchor_memory_available" ]; then
         anchor_fetch_amount "$bytes"
         bytes=$anchor_fetch_amount
-        anchor_fetch_amount "$anchor_image_available"
+        anchor_fetch_amount "$anchor_memory_available"
         anchor_fail "the image is too large: its layers have $bytes as they are, buildah needs more than twice that, and $anchor_fetch_amount of memory may be used" \
             "give the node more memory, make the image smaller, or boot it with the image stage oci, which needs less"
         return 1
     fi
-    anchor_image_space "$storage" "$anchor_image_available" && mkdir "$storage/tmp" || return 1
+    anchor_memory_space "$storage" "$anchor_memory_available" && mkdir "$storage/tmp" || return 1
 }
 
 # usage: anchor_buildah__settings
@@ -202,8 +202,8 @@ anchor_buildah__squash() {
     fi
     # What it came as is not needed any more.
     rm -rf "${storage:?}/tmp"
-    anchor_image_available
-    anchor_image_space "$dir" "$anchor_image_available" nr_inodes=64 || return 1
+    anchor_memory_available
+    anchor_memory_space "$dir" "$anchor_memory_available" nr_inodes=64 || return 1
     anchor_uptime_ms
     start=$anchor_uptime_ms
     if ! timeout "$anchor_fetch_timeout" mksquashfs "$root" "$dir/image" -noappend -quiet -no-progress -exit-on-error \

@@ -15,8 +15,22 @@ anchor_disk__kexec_possible() {
         return 1
     fi
     anchor_recall "${ANCHOR_ROOT:-}/proc/sys/kernel/kexec_load_disabled"
-    [ "${anchor_recall:-1}" != 0 ] || return 0
-    anchor_fail "this kernel starts no other (kernel.kexec_load_disabled)" "choose reboot or boot instead of kexec"
+    if [ "${anchor_recall:-1}" != 0 ]; then
+        anchor_fail "this kernel starts no other (kernel.kexec_load_disabled)" "choose reboot or boot instead of kexec"
+        return 1
+    fi
+    ! anchor_disk__locked || anchor_info "this kernel is locked down: it starts only one that is signed with a key that it knows"
+}
+
+# usage: anchor_disk__locked
+# Whether the kernel is locked down, by Secure Boot or lockdown= (kernel_lockdown(7)), as far as can be seen.
+anchor_disk__locked() {
+    # Such as "none [integrity] confidentiality".
+    anchor_recall "${ANCHOR_ROOT:-}/sys/kernel/security/lockdown"
+    case $anchor_recall in
+        *\[integrity\]* | *\[confidentiality\]*) return 0 ;;
+    esac
+    return 1
 }
 
 # usage: anchor_disk__kexec
@@ -46,7 +60,7 @@ looked at:${tried:- nothing}" "let the firmware boot the disk (reboot), or mount
 # usage: anchor_disk__kexec_load PARTITION
 # Hands the kernel over. Reads what anchor_disk__entry set.
 anchor_disk__kexec_load() {
-    local file="$anchor_disk__dir/initrd" error first
+    local file="$anchor_disk__dir/initrd" error status hint="is it a kernel for this machine? Or let the firmware boot the disk (reboot)"
     anchor_note entry "$1:${entry#"$dir"}"
     anchor_note kernel "${kernel#"$dir"}"
     anchor_info "starting the kernel ${kernel#"$dir"} of $1: $words"
@@ -57,13 +71,26 @@ anchor_disk__kexec_load() {
     fi
     set -- "--command-line=$words" "$kernel"
     [ -z "$initrd" ] || set -- "--initrd=$file" "$@"
-    # The kernel reads and checks the file itself (-s): under Secure Boot nothing else is allowed. Older kernels cannot.
-    first=$(LC_ALL=C kexec -s -l "$@" 2>&1) || error=$(LC_ALL=C kexec -l "$@" 2>&1)
-    set -- "$?"
+    # The kernel reads and checks the file itself (-s): a kernel that is locked down takes it in no other way.
+    error=$(LC_ALL=C kexec -s -l "$@" 2>&1)
+    status=$?
+    case $status:$error in
+        0:*) ;;
+        # Refused for its signature, or for the lack of one. The older way, which asks for none, is no way around that.
+        *:*'not permitted'* | *:*[Kk]'ey '* | *:*'No data available'* | *:*'Bad message'* | *:*'Package not installed'*)
+            hint="the running kernel wants it signed with a key that it has: under Secure Boot those of the firmware and of \
+shim (MOK), with lockdown= alone its own; or let the firmware boot the disk (reboot)"
+            case $error in *'No data available'*) error="$error (it has no signature)" ;; esac
+            ;;
+        *)
+            anchor_info "kexec_file_load does not take it: $(printf '%.200s' "$error"); trying kexec_load"
+            error=$(LC_ALL=C kexec -l "$@" 2>&1)
+            status=$?
+            ;;
+    esac
     rm -f "$file"
-    [ "$1" -ne 0 ] || return 0
-    anchor_fail "this kernel does not take ${kernel#"$dir"}: $(printf '%.300s' "${first:-$error}")" \
-        "with Secure Boot it has to be signed with a key that this kernel knows; or let the firmware boot the disk (reboot)"
+    [ "$status" -ne 0 ] || return 0
+    anchor_fail "this kernel does not take ${kernel#"$dir"}: $(printf '%.300s' "$error")" "$hint"
 }
 
 # usage: anchor_disk__entry DIR

@@ -17,8 +17,8 @@ ANCHOR_OCI_MARKS=100000 # whiteouts and directories without an entry, in one lay
 ANCHOR_OCI_COMPRESSION=lz4
 
 # usage: anchor_oci_run
-# Reads this stage's parameters. Leaves /run/anchor/image, complete and read-only. Safe to repeat. On failure it
-# unmounts everything, which frees the memory.
+# Reads this stage's parameters; what the manifest says takes the place of the image's reference. Leaves
+# /run/anchor/image, complete and read-only. Safe to repeat. On failure it unmounts everything, which frees the memory.
 anchor_oci_run() {
     anchor_untraced anchor_oci__run
 }
@@ -27,15 +27,12 @@ anchor_oci_run() {
 # The same, traced: it handles credentials.
 anchor_oci__run() {
     local dir="${ANCHOR_ROOT:-}/run/anchor/image" work="${ANCHOR_ROOT:-}/run/anchor/oci" references rest status
-    if [ -n "${anchor_manifest_urls:-}" ]; then
-        anchor_fail "the manifest names the image stage oci, which has manifests of its own" \
-            "give rd.anchor.oci.image= with a digest instead of rd.anchor.manifest="
-        return 1
-    fi
     anchor_registry_user=$anchor_oci_user
     anchor_registry_password=$anchor_oci_password
     anchor_registry_proxy=$anchor_oci_proxy
-    anchor_fetch_mirrors "$anchor_oci_image" "$anchor_oci_mirrors"
+    references=$anchor_oci_image
+    [ -z "${anchor_manifest_urls:-}" ] || anchor_oci__named || return 1
+    anchor_fetch_mirrors "$references" "$anchor_oci_mirrors"
     references=$anchor_fetch_urls
     # An earlier try left it, complete.
     anchor_recall "$dir/of"
@@ -43,14 +40,34 @@ anchor_oci__run() {
         return 0
     fi
     rest=$anchor_oci_platform
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     anchor_oci_open "$work" "$references" && anchor_oci__prepare "$dir" "$rest" &&
-        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_image_seal "$dir"
+        (umask 077 && anchor_keep "$dir/of" "$references $rest") && anchor_memory_seal "$dir"
     status=$?
     rm -rf "${work:?}"
     [ "$status" -eq 0 ] && return 0
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
+}
+
+# usage: anchor_oci__named
+# Sets references to what the manifest names: its digest is that of the image's manifest or index, wherever that is.
+anchor_oci__named() {
+    local url
+    references=
+    for url in $anchor_manifest_urls; do
+        case $url in
+            https://*@* | http://*@*) ;;
+            https://* | http://*)
+                references="$references${references:+ }$url@sha256:$anchor_manifest_sha256"
+                continue
+                ;;
+        esac
+        anchor_fetch_plain "$url"
+        anchor_fail "the manifest names no image at a registry: $anchor_fetch_url" \
+            "a mirror of it is https://REGISTRY/NAME:TAG; anchor-build image --at makes such manifests"
+        return 1
+    done
 }
 
 # usage: anchor_oci__prepare DIR PLATFORM
@@ -66,7 +83,7 @@ anchor_oci__prepare() {
     if [ -z "$anchor_oci_digest" ]; then
         anchor_info "rd.anchor.oci.image= has no digest: nothing but the registry's certificate vouches for the image"
     fi
-    anchor_oci_resolve "$2" && anchor_oci__kind && anchor_oci__space "$1" && anchor_oci__layers "$1" || return 1
+    anchor_oci_resolve "$2" "${anchor_manifest_size:-}" && anchor_oci__kind && anchor_oci__space "$1" && anchor_oci__layers "$1" || return 1
     if [ "$anchor_oci__tar" = 1 ]; then
         anchor_oci__stack "$1"
     else
@@ -82,7 +99,7 @@ anchor_oci_mount() {
     anchor_recall "$dir/stack"
     error=$(anchor_oci__overlay "$dir" "$anchor_recall" "$1" 2>&1) && return 0
     anchor_fail "cannot mount the image: $error" "does this kernel have overlayfs (the overlay module)?"
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -142,21 +159,21 @@ anchor_oci__kind() {
 # fails on it.
 anchor_oci__space() {
     local key value rest needs=0
-    anchor_image_available
+    anchor_memory_available
     while read -r key value rest; do
         needs=$((needs + value))
     done <"$anchor_oci_dir/layers"
     anchor_note_number bytes "$needs"
     anchor_note_number layers "$anchor_oci_count"
-    if [ "$needs" -ge "$anchor_image_available" ]; then
+    if [ "$needs" -ge "$anchor_memory_available" ]; then
         anchor_fetch_amount "$needs"
         needs=$anchor_fetch_amount
-        anchor_fetch_amount "$anchor_image_available"
+        anchor_fetch_amount "$anchor_memory_available"
         anchor_fail "the image is too large: its layers have $needs as they are, and $anchor_fetch_amount of memory may be used" \
             "give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
         return 1
     fi
-    anchor_image_space "$1" "$anchor_image_available"
+    anchor_memory_space "$1" "$anchor_memory_available"
 }
 
 # usage: anchor_oci__layers DIR
@@ -387,8 +404,8 @@ anchor_oci__files() {
 # usage: anchor_oci__attach DIR NUMBER TYPE
 # Mounts a layer's file.
 anchor_oci__attach() {
-    anchor_image_attach "$3" "$1/l$2" "$1/m$2" && return 0
-    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $anchor_image_error" \
+    anchor_mount_file "$3" "$1/l$2" "$1/m$2" && return 0
+    anchor_fail "cannot mount layer $2 of $anchor_oci_count: $anchor_mount_error" \
         "does this kernel have loop and $3 with the layer's compression? (see dmesg)"
     return 1
 }

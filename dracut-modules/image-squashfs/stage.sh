@@ -33,19 +33,19 @@ anchor_squashfs__run() {
         esac
     fi
     anchor_remove "$dir.of" "$dir.format"
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     anchor_squashfs__place "$dir" "$urls" "$sha256"
     status=$?
     [ "$status" -eq 2 ] || return "$status"
     # It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
-    anchor_image_space "$dir" 100% nr_inodes=64 || return 1
+    anchor_memory_space "$dir" 100% nr_inodes=64 || return 1
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
         anchor_squashfs__check "$dir/image" &&
-        anchor_image_seal "$dir" "$anchor_squashfs__size"; then
+        anchor_memory_seal "$dir" "$anchor_squashfs__size"; then
         (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
         return 0
     fi
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 
@@ -75,10 +75,10 @@ anchor_squashfs_mount() {
     anchor_recall "$dir.format"
     anchor_squashfs__format=$anchor_recall
     [ -n "$anchor_recall" ] || anchor_squashfs__check "$dir/image" || return 1
-    anchor_image_attach "$anchor_squashfs__format" "$dir/image" "$1" && return 0
-    anchor_fail "cannot mount the image: $anchor_image_error" \
+    anchor_mount_file "$anchor_squashfs__format" "$dir/image" "$1" && return 0
+    anchor_fail "cannot mount the image: $anchor_mount_error" \
         "does this kernel have loop and $anchor_squashfs__format with the image's compression? (see dmesg)"
-    anchor_image_free "$dir"
+    anchor_memory_free "$dir"
     return 1
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from anchor_build.errors import UsageError
 from anchor_build.inspect.artifact import Artifact, compare, read_artifact
+from anchor_build.oci import MANIFEST, add_blob, json_bytes, write_layout
 from anchor_build.signing import read_public_keys
 from tests.integration.inspect_files import LATER, inspect, make_tree
 
@@ -120,3 +123,60 @@ def test_an_artifact_equals_itself(root: Path, tmp_path: Path) -> None:
     assert compare(found, found).same
     with pytest.raises(UsageError):
         compare(found, Artifact("rpm", found.facts, {}))
+
+
+def embed(root: Path, tmp_path: Path, text: str = "") -> Path:
+    """Put a squashfs of two container images, or of `text` as its index, into the tree of an initramfs; return it."""
+    layout = tmp_path / "layout"
+    shutil.rmtree(layout, ignore_errors=True)
+    entries = {}
+    for name, size in (("registry.example/tools/a:v1", 1_500_000), ("b", 70)):
+        document = {"config": {"size": 30}, "layers": [{"size": size}, {"size": 400}], "of": name}
+        entries[name] = {"mediaType": MANIFEST, **add_blob(layout, json_bytes(document))}
+    write_layout(layout, entries)
+    if text:
+        (layout / "index.json").write_text(text)
+    target = root / "etc/anchor/images.squashfs"
+    argv: list[str | Path] = ["mksquashfs", layout, target, "-noappend", "-quiet", "-no-progress", "-comp", "zstd"]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    return pack(root, tmp_path / "image")
+
+
+def test_container_images_in_it_are_told(root: Path, tmp_path: Path) -> None:
+    image = embed(root, tmp_path)
+    data = json.loads(inspect(image, "--json").out)
+    assert {name: found["bytes"] for name, found in data["embedded"].items()} == {
+        "b": 500,
+        "registry.example/tools/a:v1": 1_500_430,
+    }
+    digest = data["embedded"]["b"]["digest"]
+    text = inspect(image).out
+    assert "CONTAINER IMAGE" in text and digest in text and "registry.example/tools/a:v1  1.50  sha256:" in text
+    other = tmp_path / "other.img"
+    image.rename(other)
+    (root / "etc/anchor/images.squashfs").unlink()
+    done = inspect(pack(root, tmp_path / "image"), other)
+    assert f"+ embedded: b: digest: {digest}" in done.out, done.out
+
+
+@pytest.mark.parametrize(
+    "text", ["no JSON", '{"manifests": 1}', '{"manifests": [{"digest": "sha256:../../../etc/passwd"}]}']
+)
+def test_container_images_that_are_none_are_a_note(root: Path, tmp_path: Path, text: str) -> None:
+    facts = read_artifact(embed(root, tmp_path, text))
+    assert "embedded" not in facts.facts
+    assert "its container images cannot be read: what is there is no OCI layout in a squashfs" in facts.notes
+
+
+def test_what_is_no_squashfs_or_leads_away_is_a_note(root: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    (layout / "index.json").symlink_to("/proc/self/environ")
+    target = root / "etc/anchor/images.squashfs"
+    subprocess.run(
+        ["mksquashfs", layout, target, "-quiet", "-no-progress"], check=True, capture_output=True, timeout=60
+    )
+    for _ in range(2):
+        notes = read_artifact(pack(root, tmp_path / "image")).notes
+        assert any("container images cannot be read" in note for note in notes)
+        target.write_bytes(b"hsqs" + bytes(5000))

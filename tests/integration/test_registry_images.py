@@ -20,11 +20,12 @@ import pytest
 from anchor_build.container import unpacked
 from anchor_build.embed import pack, resolve
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.files import file_digest
-from anchor_build.manifest import read_manifest
-from anchor_build.oci import Access
+from anchor_build.files import file_digest, sha256
+from anchor_build.image import ImageBuild, build_image
+from anchor_build.manifest import DAY_S, manifest_text, read_manifest
+from anchor_build.oci import Access, Skopeo
 from anchor_build.publish_oci import Push, parse_target, publish_oci
-from anchor_build.signing import read_public_keys
+from anchor_build.signing import open_key, read_public_keys, sign_text
 from contrib.site import pki
 from contrib.site.registry import CONFIG, MANIFEST, PASSWORD, USER, Registry, registry
 from tests.integration.test_manifest_signing import make_key
@@ -224,15 +225,20 @@ def test_images_that_cannot_be_unpacked_say_why(run: Run, site: stage.Site, tmp_
 
 
 @pytest.fixture
-def image(tmp_path: Path, run: Run) -> Path:
-    """Return a signed image, made by the command; its key is site.pub beside it."""
+def image(tmp_path: Path) -> Path:
+    """Return a signed image; its key is site.pub beside it."""
     tree = tmp_path / "tree-of-node"
     (tree / "etc").mkdir(parents=True)
     (tree / "etc/os-release").write_text("ID=demo\n")
     key, _ = make_key(tmp_path, "site")
-    done = run("image", tree, "-o", "node.squashfs", "--sign-key", key, "--valid-for", "30d")
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "node.squashfs"
+    return made(tree, key)
+
+
+def made(tree: Path, key: str) -> Path:
+    """Make the image node.squashfs of a tree, beside it."""
+    output = tree.with_name("node.squashfs")
+    build_image(ImageBuild(output, tree, sign_key=key, valid_for=30 * DAY_S), quiet)
+    return output
 
 
 def uploads(server: Registry) -> int:
@@ -313,6 +319,53 @@ def test_a_set_has_one_tag_for_node_and_boot_server(
     assert (tmp_path / "got" / report["files"][2]["sha256"]).read_bytes() == b"initramfs"
 
 
+JUDGE = """
+for lib in report types params manifest; do . "$LIB/anchor-$lib.sh" || exit 9; done
+anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
+mkdir -p "$anchor_step_dir" && anchor_manifest_judge "$ANCHOR_ROOT/m/manifest" M || exit 7
+anchor_stage_for_scheme() { return 1; }
+"""
+
+
+def test_a_signed_manifest_names_what_nodes_boot_from_a_registry(
+    run: Run, site: stage.Site, dash: stage.Node, image: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "www").mkdir()
+    (dash.shell.root / "m").mkdir()
+    shutil.copy(tmp_path / "site.pub", dash.shell.root / "etc/anchor/manifest.pub")
+    layer = Layer().directory("./").add("tar", b"1")
+    digest = push(site.plain, "nodes/tar", [layer])
+    name = f"{site.mutual.host}/nodes/named:v1"
+    sign = ("--sign-key", "site.key", "--valid-for", "30d")
+    pushed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{name}", *trust(site), *sign, "--json")
+    assert pushed.returncode == 0, pushed.stderr
+    at = run("image", "--at", f"{site.mutual.host}/nodes/tar:v1", *trust(site), *sign, "--json")
+    assert at.returncode == 0, at.stderr
+    reports = [json.loads(done.stdout) for done in (pushed, at)]
+    assert reports[1]["digest"] == f"sha256:{digest}"
+    for report, file in zip(reports, ("etc/os-release", "tar"), strict=True):
+        manifest, text = read_manifest(tmp_path / report["manifest"])
+        assert (manifest.image, f"sha256:{manifest.sha256}") == ("oci", report["digest"])
+        assert run("publish", report["manifest"], "--to", "www", "--manifest-key", "site.pub").returncode == 0
+        assert (tmp_path / "www" / report["manifest"]).read_bytes() == text
+        (dash.shell.root / "m/manifest").write_bytes(text)
+        done = dash.run("", setup=JUDGE)
+        assert done.returncode == 0, done.stderr
+        assert file in json.loads(done.stdout)
+    # Nothing that the key did not sign is looked for.
+    (dash.shell.root / "m/manifest").write_bytes(text.replace(digest.encode(), b"0" * 64))
+    assert dash.run("", setup=JUDGE).returncode == 7
+    newer = tmp_path / "www" / reports[1]["manifest"]
+    late = replace(manifest, created=manifest.created + 60)
+    newer.write_text(sign_text(manifest_text(late), open_key(str(tmp_path / "site.key"))))
+    older = run("publish", reports[1]["manifest"], "--to", "www", "--manifest-key", "site.pub")
+    assert older.returncode == 1 and f"make it the newest: anchor-build image --at {site.mutual.host}/" in older.stderr
+    beside = run("publish", f"{image}.manifest", "--to", "www", "--manifest-key", "site.pub")
+    assert beside.returncode == 1 and "is the manifest of a file" in beside.stderr
+    gone = run("image", "--at", f"{site.mutual.host}/nodes/tar:never", *trust(site), "-o", "x.manifest")
+    assert gone.returncode == 1 and "no such image or tag" in gone.stderr and not (tmp_path / "x.manifest").exists()
+
+
 def test_what_is_newer_stays_and_the_way_back_is_told(
     site: stage.Site, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +401,20 @@ def test_a_registry_that_takes_nothing_says_why(run: Run, site: stage.Site, imag
     image.write_bytes(image.read_bytes() + b"x")
     harmed = run("publish", image, "--manifest-key", "site.pub", "--to", f"oci://{site.basic.host}/nodes/x:v1")
     assert harmed.returncode == 1 and "is not the image of" in harmed.stderr
+
+
+def test_a_registry_without_room_keeps_its_tag(image: Path, tmp_path: Path) -> None:
+    key = read_public_keys([tmp_path / "site.pub"])
+    with registry(tmp_path / "registry", storage=tmp_path / "storage", room=1_000_000) as server:
+        target = parse_target(f"oci+http://{server.host}/nodes/x:v1")
+        first = publish_oci(Push(image, target, key), quiet)
+        (tmp_path / "tree-of-node/large").write_bytes(os.urandom(2_000_000))
+        larger = Push(made(tmp_path / "tree-of-node", str(tmp_path / "site.key")), target, key)
+        with pytest.raises(AnchorError, match=r"oci\+http://.*: writing blob") as caught:
+            publish_oci(larger, quiet)
+        assert "is there room in its storage?" in caught.value.hint
+        there = Skopeo(tmp_path).document(target, "the tag")
+        assert there is not None and f"sha256:{sha256(there)}" == first["digest"]
 
 
 # --- Images in an initramfs -------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ def nothing_is_left(system: Path, tmp_path: Path) -> Iterator[None]:
 
 
 def test_a_build_is_of_that_system_and_the_second_one_is_kept(system: Path, tmp_path: Path) -> None:
-    words = ("--sysroot", system, "--auth", "acme", "--image", "squashfs", "-o", "node.img", "--json")
+    embedded = small_image(tmp_path)
+    words = ("--sysroot", system, "--auth", "acme", "--image", "squashfs", *embedded, "-o", "node.img", "--json")
     first = anchor_build(tmp_path, *words, INHERITED="x", kernel_cmdline="x")
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
@@ -133,7 +134,9 @@ def test_a_build_is_of_that_system_and_the_second_one_is_kept(system: Path, tmp_
         member = initramfs.resolve(path)
         assert member is not None, path
         assert member.content == Root(system).at(path).read_bytes(), path
-    assert {"virtio_net", "overlay"} <= set(report["drivers"])
+    assert {"virtio_net", "overlay", "squashfs"} <= set(report["drivers"])
+    assert [image["name"] for image in report["embedded"]] == ["monitor"]
+    assert "etc/anchor/images.squashfs" in initramfs.members
     # The kernel lies beside it.
     assert report["kernel_file"] == f"vmlinuz-{release}"
     copy = tmp_path / report["kernel_file"]
@@ -434,14 +437,26 @@ def oci_image(system: Path, target: Path) -> Path:
     return target
 
 
+def small_image(tmp_path: Path) -> tuple[str, str]:
+    """Make a container image; return the options that embed it, by a path that is not absolute."""
+    if not all(map(shutil.which, ("skopeo", "mksquashfs"))):
+        pytest.skip("needs skopeo and mksquashfs")
+    tree = tmp_path / "monitor-root"
+    tree.mkdir()
+    (tree / "monitor").write_text("runs after the boot\n")
+    oci_image(tree, tmp_path / "monitor")
+    return "--embed-image", "./monitor"
+
+
 @pytest.mark.skipif(not all(map(shutil.which, ("skopeo", "umoci"))), reason="needs skopeo and umoci")
 def test_a_container_image_gives_what_its_system_gives(system: Path, tmp_path: Path) -> None:
     image = oci_image(system, tmp_path / "oci")
-    words = ("--image", "squashfs", "--no-copy-kernel", "-o", "node.img", "--json")
+    words = ("--image", "squashfs", *small_image(tmp_path), "--no-copy-kernel", "-o", "node.img", "--json")
     first = anchor_build(tmp_path, "--container", image, *words)
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
     assert report["dracut"].startswith(DRACUT[SHARED])
+    assert [found["name"] for found in report["embedded"]] == ["monitor"]
     assert [path.name for path in (tmp_path / "cache/anchor-build").iterdir()] == ["initramfs"]
     archive = tmp_path / "node.oci.tar"
     subprocess.run(["tar", "-C", image, "-cf", archive, "."], check=True)

@@ -294,8 +294,8 @@ def test_a_traced_boot_shows_no_password(node: Shell, run: Run, place: str) -> N
         esac
     }
     anchor_post_start() { :; }
-    anchor_image_space() { :; }
-    anchor_image_free() { :; }
+    anchor_memory_space() { :; }
+    anchor_memory_free() { :; }
     anchor_boot_shell() { exit 0; }
     """
     with (node.root / "usr/lib/anchor/lib/zz-stand-ins.sh").open("a") as file:

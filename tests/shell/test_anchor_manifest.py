@@ -340,6 +340,22 @@ def test_the_image_stage_must_be_there(signed: Node, keys: Keys) -> None:
     assert "--image oci" in signed.told("hint")
 
 
+def test_an_image_at_a_registry_has_places_and_no_kernels(shell: Shell, lay_out: LayOut, keys: Keys) -> None:
+    lay_out(make_plan(load_registry(), image=["oci"]), shell.root)
+    (shell.root / "stand-ins.sh").write_text(STAND_INS)
+    for name in ("proc", "www"):
+        (shell.root / name).mkdir()
+    node = Node(shell)
+    node.bake("manifest.pub", keys.public())
+    places = ("https://registry.example:5000/nodes/compute:v1", "http://near/nodes/compute")
+    manifest = Manifest("oci", "a" * 64, 1234, MANIFEST.created, mirrors=places)
+    (node.www / "m").write_text(keys.sign(manifest))
+    done = node.run()
+    assert done.stdout.splitlines() == ["oci", " ".join(places), "a" * 64, "1234"], done.stderr
+    assert "no modules" not in done.stderr
+    assert node.run("rd.anchor.manifest=https://s/d/m rd.anchor.oci.image=registry.example/x").returncode == 3
+
+
 def test_a_manifest_without_a_place_is_refused(signed: Node, keys: Keys) -> None:
     (signed.www / "m").write_text(keys.sign(replace(MANIFEST, file="", mirrors=())))
     assert signed.run().returncode == 1

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
-for lib in report mounts image fetch http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory fetch http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
@@ -40,7 +40,8 @@ export REGISTRY_AUTH_FILE BUILDAH_ISOLATION HTTPS_PROXY
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10 LOWER=$ANCHOR_ROOT/run/anchor/lower
 mkdir -p "$LOWER" || exit 9
 anchor_stage_for_scheme() { return 1; }
-eval "$BEFORE"
+"""
+RUN = """
 anchor_buildah_run && anchor_buildah_mount "$LOWER" || exit 1
 """
 PARAMETERS = ("registry", "image", "policy", "lookaside", "platform", "user", "password", "proxy")
@@ -104,7 +105,7 @@ class Node(oci.Node):
         env = {f"anchor_buildah_{key}": value for key, value in values.items()}
         env |= {f"anchor_fetch_{key}": str(value) for key, value in oci.FETCH.items()}
         env |= {"STAGE": str(TOP / "dracut-modules/image-buildah/stage.sh"), "TOP": str(TOP), "PYTHON": sys.executable}
-        return self.shell.run(SCRIPT + more, env=env | {"BEFORE": setup} | dict(given or {}), unshare=("--mount",))
+        return self.shell.run(SCRIPT + setup + RUN + more, env=env | dict(given or {}), unshare=("--mount",))
 
     def refused(self, image: str, *messages: str, given: Mapping[str, str] | None = None, **parameters: str) -> str:
         """Make sure that nothing is mounted or left, and that the step's error and hint hold all messages."""
@@ -361,7 +362,7 @@ def test_a_registry_that_goes_away_meanwhile_ends_the_step_and_leaves_nothing(da
     push(dash.site.plain, "team/going", [layer])
     gone = """
     anchor_fetch_attempts=2
-    anchor_image_space() {
+    anchor_memory_space() {
         mkdir -p "$1" && mount -t tmpfs tmpfs "$1"
         anchor_oci_bases=https://127.0.0.1:9/v2/team/going
     }
@@ -376,4 +377,4 @@ def test_a_registry_that_goes_away_meanwhile_ends_the_step_and_leaves_nothing(da
 def test_a_manifest_of_anchor_cannot_name_it(dash: Node) -> None:
     done = dash.run("https://127.0.0.1:9/x:v1", "", setup="anchor_manifest_urls=https://127.0.0.1:9/image")
     assert done.returncode == 1
-    assert "manifests of its own" in (dash.shell.root / "run/anchor/steps/10/error").read_text()
+    assert "which knows no manifests" in (dash.shell.root / "run/anchor/steps/10/error").read_text()

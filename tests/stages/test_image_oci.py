@@ -33,7 +33,7 @@ STAGE = TOP / "dracut-modules/image-oci/stage.sh"
 WRONG = "not " + PASSWORD
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SCRIPT = """
-for lib in report mounts image fetch stream http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory fetch stream http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
@@ -456,9 +456,38 @@ def test_a_layer_that_fails_ends_the_others_at_once(node: Node) -> None:
     assert processes_of(node.shell.root) == []
 
 
-def test_a_manifest_of_anchor_names_no_image_of_a_registry(dash: Node) -> None:
-    given = {"anchor_manifest_urls": "https://127.0.0.1:9/x", "anchor_manifest_sha256": "0" * 64}
-    dash.refused("https://127.0.0.1:9/x", "the image stage oci, which has manifests of its own", given=given)
+def named(urls: str, digest: str, size: int | str = "") -> dict[str, str]:
+    """Return what a manifest of Anchor leaves for the stage."""
+    return {"anchor_manifest_urls": urls, "anchor_manifest_sha256": digest, "anchor_manifest_size": str(size)}
+
+
+def test_a_manifest_of_anchor_names_the_image_by_its_digest(node: Node, layers: list[Layer]) -> None:
+    host = node.site.mutual.host
+    digest = push(node.site.plain, "team/named", layers[:1])
+    # Where the tag leads now does not matter, nor that the first place has it no more.
+    push(node.site.plain, "team/named", layers[1:2])
+    given = named(f"https://127.0.0.1:9/gone https://{host}/team/named:v1 http://{node.site.plain.host}/x/y", digest)
+    done = node.run("", given=given)
+    assert done.returncode == 0, done.stderr
+    assert "etc/passwd" in json.loads(done.stdout)
+    assert node.note("note-digest") == f"sha256:{digest}"
+    assert "has no digest" not in done.stderr
+
+
+def test_what_a_manifest_of_anchor_does_not_name_is_refused(dash: Node, layers: list[Layer]) -> None:
+    plain, host = dash.site.plain, dash.site.plain.host
+    digest = push(plain, "team/named", layers[:1])
+    name = f"http://{host}/team/named:v1"
+    dash.refused("", "the registry has no such image or tag", given=named(name, "0" * 64))
+    dash.refused("", given=named(name, digest, 17))
+    for url in (f"{name}@sha256:{digest}", f"s3://{host}/x", f"https://user@{host}/x"):
+        dash.refused(
+            "", "the manifest names no image at a registry", "anchor-build image --at", given=named(url, digest)
+        )
+    # A mirror that gives something else under the digest.
+    other = json.dumps({"schemaVersion": 2}).encode()
+    with hostile(fake.whole(other)) as server:
+        dash.refused("", given=named(server.url("/a/b"), digest))
 
 
 def manifest_of(site: Site, name: str, **changes: Any) -> str:

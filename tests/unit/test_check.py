@@ -108,3 +108,17 @@ def test_an_older_entry_that_asks_for_what_is_not_there_is_refused(word: str) ->
     assert error.startswith(f"{word}: chooses a stage that this initramfs does not hold")
     for off in (word, f"{word}=", f"{word}=0"):
         assert check_command_line(plan, f"{line} {off}").errors == ()
+
+
+def test_an_image_at_a_registry_is_named_by_the_line_or_by_a_manifest() -> None:
+    plan = make_plan(load_registry(), auth=["none"], image=["oci"])
+    line = "root=anchor rd.anchor.manifest=https://store/m"
+    assert check_command_line(plan, line, signed=True).errors == ()
+    assert check_command_line(plan, f"{line} rd.anchor.oci.mirrors=near/x", signed=True).errors == ()
+    [error] = check_command_line(plan, f"{line} rd.anchor.oci.image=registry/x", signed=True).errors
+    assert error.startswith("rd.anchor.oci.image: is not for a boot with rd.anchor.manifest=")
+    [error] = check_command_line(plan, "root=anchor rd.anchor.oci.platform=linux/arm64").errors
+    assert error == "rd.anchor.oci.image: is required by the stage oci"
+    plan = make_plan(load_registry(), auth=["none"], image=["squashfs"])
+    [error, *_] = check_command_line(plan, "root=anchor rd.anchor.oci.image=registry/x").errors
+    assert error.startswith("rd.anchor.oci.image: chooses a stage that this initramfs does not hold")

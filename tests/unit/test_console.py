@@ -69,6 +69,38 @@ def test_colour_and_a_live_time_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -
     assert "\x1b[32m" in text.splitlines()[-1]
 
 
+def test_a_live_line_fits_into_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    monkeypatch.setattr("anchor_build.console.TICK_S", 0.01)
+    monkeypatch.setenv("COLUMNS", "60")
+    with Console().step("fetch " + "x" * 90, lambda: "1.0 of 2.0 MB"):
+        deadline = time.monotonic() + 5
+        while "of 2.0 MB" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    line = terminal.getvalue().split("\r\x1b[K")[1]
+    assert line.startswith("   ...  fetch xxx") and line.endswith("\u2026  0 s  1.0 of 2.0 MB") and len(line) < 60
+
+
+def test_where_no_line_can_be_rewritten_there_is_a_new_one_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("anchor_build.console.LINE_S", 0.01)
+    asked = []
+
+    def progress() -> str:
+        asked.append(1)
+        return "1.0 of 2.0 MB"
+
+    with Console().step("fetch", progress):
+        deadline = time.monotonic() + 5
+        while len(asked) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "   ...  fetch  0 s  1.0 of 2.0 MB\n" in capsys.readouterr().err
+    with Console(-1).step("fetch", lambda: "unseen"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
 def test_who_wants_no_colour_gets_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     terminal = make_terminal(monkeypatch)

@@ -124,6 +124,13 @@ def test_what_a_registry_says_comes_with_what_to_do(said: str, hint: str) -> Non
     assert error.message == f"--to x: {said}" and hint in error.hint
 
 
+def test_a_registry_that_breaks_off_is_not_away_and_its_urls_keep_their_secrets() -> None:
+    url = "http://r:5000/v2/x/blobs/uploads/1"
+    error = explained("x", f'level=fatal msg="writing blob: Patch \\"{url}?_state=SECRET\\": write: broken pipe"')
+    assert error.message == f'x: writing blob: Patch "{url}": write: broken pipe'
+    assert "is there room in its storage?" in error.hint
+
+
 @pytest.mark.parametrize(
     "said", ["name unknown: x", "unknown: repository nodes/x not found", "artifact x:v1 not found"]
 )

@@ -73,6 +73,10 @@ def test_one_of_names_parameters_that_may_be_left_out(write_stage: WriteStage) -
     unknown, single = problems_of(write_stage(header='one_of = ["none"]'))
     assert "stage.one_of: 'none' names no parameter that is neither required nor has a default" in unknown
     assert "stage.one_of: names a single parameter: make that one required" in single
+    # A manifest takes the place of an image stage's.
+    assert not any(
+        "single" in problem for problem in problems_of(write_stage(header='one_of = ["none"]', kind="image"))
+    )
 
 
 @pytest.mark.parametrize("header", REFUSED_HEADERS)

@@ -1,0 +1,56 @@
+"""The container images inside an initramfs: the squashfs that embed.py packed, read without unpacking any layer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.oci import DIGEST, DOCUMENT_MAX, NAME, read_blob
+from anchor_build.run import run, which
+
+LIMIT_S = 60
+IMAGES_MAX = 1000
+
+
+def embedded_images(content: bytes) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return digest and bytes (of configuration and layers) of each image by its name, and a note where that failed.
+
+    The digest is that of the image's manifest, whatever its name led to when it was embedded.
+    """
+    if which("unsquashfs") is None:
+        return {}, "its container images are not listed: unsquashfs (squashfs-tools) is not installed"
+    try:
+        with tempfile.TemporaryDirectory(prefix="anchor-inspect-") as name:
+            work = Path(name)
+            (work / "images").write_bytes(content)
+            _extract(work, "index.json")
+            index = work / "layout/index.json"
+            if index.is_symlink() or not index.is_file():
+                raise KeyError("index.json")
+            entries = json.loads(index.read_bytes())["manifests"][:IMAGES_MAX]
+            digests = [str(entry["digest"]) for entry in entries]
+            if not all(DIGEST.fullmatch(digest) for digest in digests):
+                raise KeyError("digest")
+            (work / "layout").rename(work / "index")
+            _extract(work, *(f"blobs/sha256/{digest.removeprefix('sha256:')}" for digest in digests))
+            found = {}
+            for entry, digest in zip(entries, digests, strict=True):
+                manifest = read_blob(work / "layout", digest, "")
+                size = sum(int(part["size"]) for part in (manifest["config"], *manifest["layers"]))
+                found[str(entry["annotations"][NAME])] = {"digest": digest, "bytes": size}
+            return found, ""
+    except (AnchorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return {}, "its container images cannot be read: what is there is no OCI layout in a squashfs"
+
+
+def _extract(work: Path, *names: str) -> None:
+    """Take files out of the squashfs into work/layout, bounded: whoever made it may have meant harm."""
+    argv: Sequence[str] = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-dest", "layout", "images", *names]
+    try:
+        run(argv, cwd=work, timeout=LIMIT_S, file_limit=DOCUMENT_MAX)
+    except ProcessError as error:
+        raise AnchorError(error.tail) from None

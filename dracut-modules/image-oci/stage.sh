@@ -256,8 +256,8 @@ anchor_oci__convert() {
         anchor_oci__unpack 2>"$dir/unpack.error"
         printf '%s\n' "$?" >"$dir/unpacked"
     } | {
-        # lz4, because a boot has no time for more. It prints a line for each entry.
-        timeout "$anchor_fetch_timeout" tar2sqfs -c lz4 -j 1 -d "$owner" "$image" 2>"$dir/made.error"
+        # It prints a line for each entry. lz4 takes 1.2 s less of an emulated processor for 94 MB, and half as much memory again.
+        timeout "$anchor_fetch_timeout" tar2sqfs -c zstd -X level=1 -j 1 -d "$owner" "$image" 2>"$dir/made.error"
         why=$?
         printf '%s\n' "$why" >"$dir/made"
         # What follows the end of an archive is no reason for who unpacks to end early.

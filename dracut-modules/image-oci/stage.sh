@@ -427,13 +427,13 @@ anchor_oci__below() {
     find "$tree" -mindepth 1 -type d -printf '%P\0' >"$anchor_oci_dir/names"
     [ -n "$error" ] || anchor_oci__dress "$1" "$3" "$tree" "$anchor_oci_dir/names" || return 1
     [ -n "$error" ] || while IFS= read -r line; do
-        anchor_oci__plain "$tree/${line#?}"
+        anchor_oci__plain "./${line#?}"
         path=$anchor_oci__plain
-        # What leads to it may have been taken away as a whole meanwhile.
-        [ -d "${path%/*}" ] || continue
+        # What leads to it is no directory in OLDER, or has been taken away as a whole meanwhile.
+        anchor_oci__directory "$tree" "${path%/*}" || continue
         case $line in
-            o*) error=$(setfattr -n trusted.overlay.opaque -v y "$path" 2>&1) ;;
-            w*) error=$({ rm -rf "${path:?}" && mknod "$path" c 0 0; } 2>&1) ;;
+            o*) error=$(setfattr -n trusted.overlay.opaque -v y "$tree/$path" 2>&1) ;;
+            w*) error=$({ rm -rf "${tree:?}/$path" && mknod "$tree/$path" c 0 0; } 2>&1) ;;
         esac || break
     done <"$4"
     [ -n "$error" ] || return 0
@@ -455,32 +455,39 @@ anchor_oci__above() {
             "is there memory left for the image, and does this kernel have overlayfs (the overlay module)?"
         return 1
     fi
-    [ -z "$3" ] || [ ! -s "$dir/implied" ] || anchor_oci__dress "$1" "$3" "$view" "$dir/implied" || status=1
+    anchor_oci__dress "$1" "$3" "$view" "$dir/implied" || status=1
     umount "$view" || umount -l "$view"
     rm -rf "${1:?}/work"
     return "$status"
 }
 
 # usage: anchor_oci__dress DIR STACK TREE NAMES
-# Gives directories of TREE, with a NUL after each name in NAMES, the attributes that they have in STACK, where they are
-# directories there.
+# Gives directories of TREE, with a NUL after each name in NAMES, the attributes that they have in STACK. One that is no
+# directory there, and empty, goes: nothing but whiteouts led to it.
 anchor_oci__dress() {
-    local older="$1/older" line error
+    local older="$1/older" known="$anchor_oci_dir/known" line path error
     if ! error=$({
-        mkdir -p "$older" && anchor_oci__lines "$4" "$anchor_oci_dir/lines" && anchor_oci__overlay "$1" "$2" "$older"
+        mkdir -p "$older" && anchor_oci__lines "$4" "$known.lines" && LC_ALL=C sort -r -o "$known.lines" "$known.lines" &&
+            { [ -z "$2" ] || anchor_oci__overlay "$1" "$2" "$older"; }
     } 2>&1); then
         anchor_fail "cannot mount the older layers: $error" "does this kernel have overlayfs (the overlay module)?"
         return 1
     fi
     while IFS= read -r line; do
-        anchor_oci__plain "$line"
-        ! anchor_oci__directory "$older" "$anchor_oci__plain" || printf './%s\0' "$anchor_oci__plain"
-    done <"$anchor_oci_dir/lines" >"$anchor_oci_dir/known"
-    if [ -s "$anchor_oci_dir/known" ]; then
-        error=$(tar -C "$older" --no-recursion --null -T "$anchor_oci_dir/known" --numeric-owner --xattrs --xattrs-include='*' -cf - 2>/dev/null |
+        anchor_oci__plain "./$line"
+        path=$anchor_oci__plain
+        if anchor_oci__directory "$older" "$path" || {
+            rmdir "$3/$path" 2>/dev/null && anchor_oci__directory "$older" "${path%/*}" &&
+                { [ -L "$older/$path" ] || [ -e "$older/$path" ]; }
+        }; then
+            printf '%s\0' "$path"
+        fi
+    done <"$known.lines" >"$known"
+    if [ -s "$known" ]; then
+        error=$(tar -C "$older" --no-recursion --null -T "$known" --numeric-owner --xattrs --xattrs-include='*' -cf - 2>/dev/null |
             tar -C "$3" --numeric-owner --xattrs --xattrs-include='*' -xpf - 2>&1) || anchor_warn "attributes of directories: $error"
     fi
-    umount "$older" || umount -l "$older"
+    [ -z "$2" ] || umount "$older" || umount -l "$older"
 }
 
 # usage: anchor_oci__directory ROOT PATH

@@ -33,8 +33,8 @@ from tests.stages import test_image_oci as stage
 from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "skopeo", "umoci", "buildah", "sqfstar"))),
-    reason="needs root, docker-registry, skopeo, umoci, buildah and sqfstar",
+    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "skopeo", "umoci", "buildah", "tar2sqfs"))),
+    reason="needs root, docker-registry, skopeo, umoci, buildah and tar2sqfs",
 )
 # The registries of the stage's tests, and a node with its shell library.
 site, dash = stage.site, stage.dash

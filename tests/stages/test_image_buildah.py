@@ -25,8 +25,8 @@ from tests.stages.oci_image import Layer, push
 from tests.stages.test_image_oci import base_layer, changing_layer, last_layer, site  # noqa: F401 - site is a fixture
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "buildah", "mksquashfs", "sqfstar"))),
-    reason="needs root, docker-registry, buildah, mksquashfs and sqfstar",
+    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "buildah", "mksquashfs", "tar2sqfs"))),
+    reason="needs root, docker-registry, buildah, mksquashfs and tar2sqfs",
 )
 
 SCRIPT = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -25,8 +26,8 @@ from tests.stages.hostile_http import hostile
 from tests.stages.oci_image import TAR, Layer, config_of, facts_of, push, unpacked_by_umoci
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "umoci", "sqfstar"))),
-    reason="needs root, docker-registry, umoci and sqfstar",
+    os.geteuid() != 0 or not all(map(shutil.which, ("docker-registry", "umoci", "tar2sqfs"))),
+    reason="needs root, docker-registry, umoci and tar2sqfs",
 )
 
 STAGE = TOP / "dracut-modules/image-oci/stage.sh"
@@ -257,6 +258,35 @@ def test_forty_layers_fit_into_one_mount(dash: Node, tmp_path: Path) -> None:
     )
 
 
+def test_directories_without_an_entry_are_as_below_and_the_others_as_they_say(node: Node, tmp_path: Path) -> None:
+    first = Layer().directory("./").directory("a/", 0o711, uid=3).directory("a/b/", 0o750, gid=4).add("a/b/old", b"1")
+    first.add("new/of/first", b"1").add(".wh.nothing").directory("c/", 0o700, uid=5).add("c/old", b"1")
+    first.add("empty/.wh.x").link("to", "a")
+    second = Layer().directory("a/", 0o701, uid=6).add("a/b/new", b"2").add("a/b/.wh.old").add("new/of/second", b"2")
+    second.add("c/.wh..wh..opq").add("c/new/er", b"2").add("never/was/.wh.there").add("c/.wh..wh.aufs", b"none")
+    second.add("to/.wh.there")
+    second.add("back\\slash/.wh.x", b"").add("back\\slash/line\nend/x", b"2")
+    layers = [first, second]
+    push(node.site.plain, "team/implied", layers)
+    found = node.facts(f"https://{node.site.mutual.host}/team/implied:v1")
+    expected = facts_of(str(unpacked_by_umoci(layers, tmp_path)))
+    assert {name: (found.get(name), expected.get(name)) for name in found | expected} == {
+        name: (facts, facts) for name, facts in expected.items()
+    }
+
+
+@pytest.mark.parametrize("zstd", ["", "zstd() { [ $1 != -vV ] || printf 'zstd only\\n'; }\n"])
+def test_a_layer_of_several_gzip_members_is_taken_to_its_end(dash: Node, layers: list[Layer], zstd: str) -> None:
+    tar, name = layers[0].tar, "team/members"
+    members = b"".join(gzip.compress(tar[at : at + 100_000]) for at in range(0, len(tar), 100_000))
+    digest = manifest_of(
+        dash.site, name, layers=[{"mediaType": f"{TAR}+gzip", **dash.site.plain.put_blob(name, members)}]
+    )
+    done = dash.run(f"https://{dash.site.mutual.host}/{name}@sha256:{digest}", setup=zstd)
+    assert done.returncode == 0, done.stderr
+    assert "big" in json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("make", ["mksquashfs", "mkfs.erofs"])
 def test_layers_that_are_file_systems_are_mounted_as_they_are(dash: Node, tmp_path: Path, make: str) -> None:
     plain, blobs = dash.site.plain, []
@@ -350,11 +380,13 @@ def test_a_mirror_brings_what_the_registry_lacks(dash: Node, layers: list[Layer]
 
 BAD_LAYERS: dict[str, tuple[Layer | bytes, str]] = {
     "up": (Layer().add("../up", b"x"), "leads out of the image"),
-    "inner": (Layer().add("a/../../up", b"x"), "cannot be made a squashfs"),
+    "inner": (Layer().add("a/../../up", b"x"), "leads out of the image"),
     "whiteout": (Layer().add("etc/.wh..."), "leads out of the image"),
     "hard": (Layer().link("shadow", "/etc/shadow", tarfile.LNKTYPE), "cannot be made a squashfs"),
     "through": (Layer().link("l", "/etc").add("l/passwd", b"x"), "cannot be made a squashfs"),
     "twice": (Layer().add("x", b"1").add("x", b"2"), "the same file twice: x"),
+    "again": (Layer().directory("x/").add("x/y").directory("x/"), "the same file twice: x"),
+    "nameless": (Layer().add("etc/.wh."), "leads out of the image"),
     "text": (b"this is no archive" * 999, "cannot be made a squashfs"),
     "short": (Layer().add("x", bytes(4000)).stream.getvalue()[:2000], "cannot be made a squashfs"),
 }

@@ -28,10 +28,13 @@ anchor_acme__uacme() {
     anchor_acme__before=$anchor_acme__accepted
     # Opened for both ways first: an open that waits for the other end fails in busybox sh when a child ends meanwhile.
     exec 8<>"$ANCHOR_ACME_DIR/lines" || return 1
+    set -- uacme -vvv -y -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@"
+    case " $* " in
+        # Who stops it (anchor_acme__pause) has to come first, however busy the node is.
+        *' -- issue '*) set -- nice -n 19 "$@" ;;
+    esac
     # Since 1.7.6 uacme can be told its trust anchors; before, it reads the distribution's own file.
-    # Who stops it (anchor_acme__pause) has to come first, however busy the node is.
-    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" nice -n 19 uacme -vvv -y \
-        -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
+    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
     client=$!
     grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >&8 8>&- &
     exec 9<"$ANCHOR_ACME_DIR/lines" 8>&-

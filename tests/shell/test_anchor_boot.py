@@ -325,7 +325,7 @@ def test_a_credential_that_cannot_be_protected_fails_the_step(node: Shell, run: 
     failing = '[ "$1" != 0600 ] || [ -e "$ANCHOR_ROOT/once" ] || { touch "$ANCHOR_ROOT/once"; return 1; }'
     stand_ins.write_text(STAND_INS + f'chmod() {{ {failing}; command chmod "$@"; }}\n')
     done = run()
-    assert "why:        cannot keep the credential client.crt from others" in done.stderr
+    assert "why:        cannot keep the credentials from others" in done.stderr
     assert [call.split()[0] for call in calls(node)].count("auth") == 2
     (failed,) = [step for step in report(node)["steps"] if step["result"] == "failed"]
     assert failed["step"] == "auth"

@@ -104,7 +104,8 @@ anchor_boot_main() {
 }
 
 # usage: anchor_boot_direct
-# Both hooks at once, where nothing is between them (anchor-direct.sh). Status 1: this boot is not ours.
+# All hooks at once, where nothing is between them (anchor-direct.sh); steps/handed-off says to systemd that the last one
+# need not run. Status 1: this boot is not ours.
 anchor_boot_direct() {
     anchor_recall "$ANCHOR_RUN/steps/result"
     [ "$anchor_recall" != ok ] || return 0
@@ -112,11 +113,12 @@ anchor_boot_direct() {
     anchor_boot_wanted || return 1
     anchor_boot_start
     anchor_boot_parse
-    anchor_boot_run
+    anchor_boot_run direct
+    : >"$ANCHOR_RUN/steps/handed-off"
 }
 
-# usage: anchor_boot_run
-# Runs the steps, with parameters that are right.
+# usage: anchor_boot_run [direct]
+# Runs the steps, with parameters that are right. direct: with the hand-off, because no hook comes after them.
 anchor_boot_run() {
     anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
@@ -146,7 +148,11 @@ anchor_boot_run() {
     anchor_boot_set result ok
     anchor_boot_set error ''
     anchor_boot_set hint ''
-    anchor_boot_write
+    if [ -n "${1:-}" ]; then
+        anchor_boot_handoff
+    else
+        anchor_boot_write
+    fi
 }
 
 # usage: anchor_boot_finish

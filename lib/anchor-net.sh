@@ -371,9 +371,9 @@ anchor_net__hosts() {
     local rest="$anchor_net__found" word
     anchor_net__hosts=
     while :; do
-        rest=${rest#"${rest%%[!,	 $anchor_net__newline]*}"}
+        rest=${rest#"${rest%%[!,	 "$anchor_net__newline"]*}"}
         [ -n "$rest" ] || return 0
-        word=${rest%%[,	 $anchor_net__newline]*}
+        word=${rest%%[,	 "$anchor_net__newline"]*}
         rest=${rest#"$word"}
         anchor_type_host "${word%.}" || continue
         case ${1:-}:$anchor_value in

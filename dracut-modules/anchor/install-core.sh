@@ -140,6 +140,9 @@ install_direct() {
         printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/anchor-direct.sh %s %s\n' "$hook" "$program" \
             >"$units/dracut-$hook.service.d/anchor.conf" || exit 1
     done
+    # Nothing is left to do for it then.
+    printf '[Unit]\nConditionPathExists=!/run/anchor/steps/handed-off\n' >>"$units/dracut-pre-pivot.service.d/anchor.conf" ||
+        exit 1
 }
 
 # dracut starts udev when its cmdline hooks are done, which costs a boot a second. Where no module has a hook that udev

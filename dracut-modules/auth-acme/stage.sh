@@ -303,7 +303,8 @@ anchor_acme__keep() {
             return 1
             ;;
     esac
-    if { [ -d "$to" ] || mkdir -p -m 0700 "$to"; } &&
+    # The umask makes it 0700.
+    if { [ -d "$to" ] || mkdir -p "$to"; } &&
         anchor_remove "$to/client.crt" "$to/client.key" "$to/acme-account.key" &&
         anchor_acme__put "$conf/private/key.pem" "$to/acme-account.key" &&
         anchor_acme__put "$conf/private/$name/key.pem" "$to/client.key" &&

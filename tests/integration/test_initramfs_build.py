@@ -242,6 +242,12 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
     assert link == b"[Match]\nType=bond\n\n[Link]\nMACAddressPolicy=none\n"
 
 
+def test_the_last_hook_is_left_out_where_the_steps_handed_off(built: Built) -> None:
+    drop_in = content(built, "etc/systemd/system/dracut-pre-pivot.service.d/anchor.conf").decode()
+    assert drop_in.endswith("[Unit]\nConditionPathExists=!/run/anchor/steps/handed-off\n")
+    assert "anchor-direct.sh pre-pivot " in drop_in
+
+
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
     unit = content(built, "etc/systemd/system/dracut-pre-udev.service").decode()
     assert "Before=systemd-udevd.service" in unit

@@ -305,7 +305,8 @@ anchor_net__lease() {
     for link in "${ANCHOR_ROOT:-}"/run/systemd/netif/links/*; do
         # Nobody has asked for a lease for lo.
         anchor_net__value "$link" NETWORK_FILE || continue
-        [ ! -e "${link%/links/*}/leases/${link##*/}" ] && command -v networkctl >/dev/null 2>&1 || continue
+        [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
+        command -v networkctl >/dev/null 2>&1 || return 0
         while read -r code rest; do
             [ "$code" != "$1" ] || anchor_net__add "${rest##* }"
         done <<EOT

@@ -76,7 +76,10 @@ class Initramfs:
     archives: tuple[tuple[str, int], ...] = ()
 
     def resolve(self, path: str) -> Member | None:
-        """Follow symbolic links inside the archive, in any component; None when the path leads nowhere."""
+        """Follow symbolic links inside the archive, in any component; None when the path leads nowhere.
+
+        /proc/self/root, which the kernel makes a link to the root directory (proc(5)), is followed too.
+        """
         todo = [part for part in path.split("/") if part]
         done: list[str] = []
         for _ in range(1000):
@@ -95,6 +98,8 @@ class Initramfs:
                 todo = [piece for piece in target.split("/") if piece] + todo
             else:
                 done.append(part)
+                if done == ["proc", "self", "root"]:
+                    done = []
         return None
 
 

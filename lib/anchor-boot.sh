@@ -32,14 +32,15 @@ anchor_boot_load() {
 }
 
 # usage: anchor_boot_make
-# Makes the run directory, with room for the records of as many steps as a boot has: in one call, because a program takes
-# as long to start as a step takes to record.
+# Makes the run directory, with room for the records of as many steps as a boot has and for what is mounted: in one call,
+# because a program takes as long to start as a step takes to record.
 anchor_boot_make() {
     local steps="$ANCHOR_RUN/steps"
     [ ! -d "$steps" ] || return 0
     # shellcheck disable=SC2174 # those above are named, but for the run directory itself, which anybody may look into
     mkdir -p -m 0700 "$ANCHOR_RUN/credentials" "$steps" "$steps/1000" "$steps/1001" "$steps/1002" "$steps/1003" \
-        "$steps/1004" "$steps/1005" "$steps/1006" "$steps/1007"
+        "$steps/1004" "$steps/1005" "$steps/1006" "$steps/1007" \
+        "$ANCHOR_RUN/image" "$ANCHOR_RUN/lower" "$ANCHOR_RUN/overlay"
 }
 
 # usage: anchor_boot_wanted
@@ -103,7 +104,8 @@ anchor_boot_main() {
 }
 
 # usage: anchor_boot_direct
-# Both hooks at once, where nothing is between them (anchor-direct.sh). Status 1: this boot is not ours.
+# All hooks at once, where nothing is between them (anchor-direct.sh); steps/handed-off says to systemd that the last one
+# need not run. Status 1: this boot is not ours.
 anchor_boot_direct() {
     anchor_recall "$ANCHOR_RUN/steps/result"
     [ "$anchor_recall" != ok ] || return 0
@@ -111,11 +113,12 @@ anchor_boot_direct() {
     anchor_boot_wanted || return 1
     anchor_boot_start
     anchor_boot_parse
-    anchor_boot_run
+    anchor_boot_run direct
+    : >"$ANCHOR_RUN/steps/handed-off"
 }
 
-# usage: anchor_boot_run
-# Runs the steps, with parameters that are right.
+# usage: anchor_boot_run [direct]
+# Runs the steps, with parameters that are right. direct: with the hand-off, because no hook comes after them.
 anchor_boot_run() {
     anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
@@ -145,7 +148,11 @@ anchor_boot_run() {
     anchor_boot_set result ok
     anchor_boot_set error ''
     anchor_boot_set hint ''
-    anchor_boot_write
+    if [ -n "${1:-}" ]; then
+        anchor_boot_handoff
+    else
+        anchor_boot_write
+    fi
 }
 
 # usage: anchor_boot_finish
@@ -318,21 +325,23 @@ anchor_boot_auth() {
 # Makes sure that no credential is readable by others, and shows them under the names that older tools expect.
 anchor_boot_credentials() {
     local file
+    set --
     for file in "$ANCHOR_RUN"/credentials/*; do
-        [ -f "$file" ] || continue
-        if ! chmod 0600 "$file"; then
-            anchor_fail "cannot keep the credential ${file##*/} from others" "is /run a file system with permissions?"
-            return 1
-        fi
+        [ ! -f "$file" ] || set -- "$@" "$file"
     done
+    if [ $# -gt 0 ] && ! file=$(chmod 0600 "$@" 2>&1); then
+        anchor_fail "cannot keep the credentials from others: $file" "is /run a file system with permissions?"
+        return 1
+    fi
     anchor_boot_link client.crt client.cert
     anchor_boot_link client.key client.key
 }
 
 # usage: anchor_boot_link FILE NAME
+# Nothing of this boot reads the link, so nothing waits for the program that makes it.
 anchor_boot_link() {
     [ -e "$ANCHOR_RUN/credentials/$1" ] || return 0
-    ln -sfn "$ANCHOR_RUN/credentials/$1" "${ANCHOR_ROOT:-}/$2" || anchor_warn "older tools will not find /$2"
+    { ln -sfn "$ANCHOR_RUN/credentials/$1" "${ANCHOR_ROOT:-}/$2" || anchor_warn "older tools will not find /$2"; } &
 }
 
 # usage: anchor_boot_auth_kept

@@ -12,14 +12,19 @@ anchor_clock_run() {
     local servers
     anchor_clock__source=rtc
     anchor_clock__step=0
-    anchor_clock__raise
-    servers=$(
-        IFS=,
-        set -f
-        # shellcheck disable=SC2086 # the list is meant to be split
-        printf '%s\n' ${anchor_clock_ntp:-}
-    )
-    [ -n "$servers" ] || servers=$(anchor_net_ntp)
+    anchor_clock__from_rtc || anchor_clock__now=
+    anchor_clock__raise "$anchor_clock__now"
+    servers=${anchor_clock_ntp:-}
+    if [ -n "$servers" ]; then
+        servers=$(
+            IFS=,
+            set -f
+            # shellcheck disable=SC2086 # the list is meant to be split
+            printf '%s\n' $servers
+        )
+    elif anchor_net_ntp; then
+        servers=$anchor_net_ntp
+    fi
     if [ -n "$servers" ]; then
         anchor_clock__ask "$servers" && anchor_clock__raise
     else
@@ -30,8 +35,8 @@ anchor_clock_run() {
     return 0
 }
 
-# usage: anchor_clock__raise
-# Sets the clock to the build time if it is earlier. Adds to anchor_clock__step, sets anchor_clock__source.
+# usage: anchor_clock__raise [NOW]
+# Sets the clock to the build time if it is earlier; NOW is what it is known to be. Adds to anchor_clock__step, sets anchor_clock__source.
 anchor_clock__raise() {
     local now built
     anchor_recall "${ANCHOR_ROOT:-}/etc/anchor/build-time"
@@ -42,6 +47,7 @@ anchor_clock__raise() {
             return 0
             ;;
     esac
+    [ -z "${1:-}" ] || [ "$1" -lt "$built" ] || return 0
     now=$(date -u +%s)
     [ "$now" -lt "$built" ] || return 0
     if ! date -u -s "@$built" >/dev/null; then
@@ -51,6 +57,24 @@ anchor_clock__raise() {
     anchor_clock__source=build-time
     anchor_clock__step=$((anchor_clock__step + built - now))
     anchor_info "the clock was $((built - now)) s before the build of this initramfs; raised it to that"
+}
+
+# usage: anchor_clock__from_rtc
+# Sets anchor_clock__now to the seconds of the hardware clock that the kernel set its own from at boot. Needs no program.
+# Status 1 where it did not.
+anchor_clock__from_rtc() {
+    local rtc
+    for rtc in "${ANCHOR_ROOT:-}"/sys/class/rtc/*; do
+        anchor_recall "$rtc/hctosys"
+        [ "$anchor_recall" = 1 ] || continue
+        anchor_recall "$rtc/since_epoch"
+        anchor_clock__now=$anchor_recall
+        case $anchor_clock__now in
+            '' | *[!0-9]*) ;;
+            *) return 0 ;;
+        esac
+    done
+    return 1
 }
 
 # usage: anchor_clock__ask SERVERS

@@ -15,6 +15,8 @@
 # anchor_fetch_verified is 1 when the digest of the whole file is known. Then FILE may be continued at its present size,
 # whoever wrote it and without a validator of its version: the digest decides. It is empty otherwise. One FILE may be
 # asked for at several URLs in turn, so state that belongs to one URL (validator, size) has to be kept by URL.
+# A transport that has asked for the size of FILE when it answers (anchor_fetch_size FILE) may set anchor_fetch_sized to 1:
+# then nobody asks again.
 # A transport may have anchor_<transport>__total FILE, which sets anchor_fetch_total to the size that FILE will have,
 # or to nothing while that is not known. It is called in another process while the attempt runs.
 # FILE may be a named pipe (see anchor-stream.sh): anchor_fetch_size tells how many bytes it has had, too, and it cannot be
@@ -24,15 +26,16 @@
 
 ANCHOR_FETCH_MAX_WAIT=120
 
-# usage: anchor_fetch "URL..." DEST [SHA256 [SIZE]]
+# usage: anchor_fetch "URL..." DEST [SHA256 [SIZE [memory]]]
 # Downloads the file to DEST, which appears only when it is whole (and its digest is SHA256, and its bytes are SIZE,
 # where they are given). Several URLs, separated by blanks, are mirrors of the same file, of whatever schemes. They are
 # asked in an order that is random on each node and in each round; one that fails for good is dropped; when none is left,
 # the download has failed. With SHA256 a change of mirror goes on with what is there, and without it starts from zero.
 # SIZE is compared with the memory before any connection.
-# Works in DEST.fetch, beside it: DEST's directory should be a file system that can hold the file.
+# Works in DEST.fetch, beside it: DEST's directory should be a file system that can hold the file. memory: it may use all of
+# the node's memory, so that only this limits the file, and nobody need ask how much is free in it.
 # Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}; attempts is the number of rounds.
-# Notes url (which served the end), attempts, bytes and sha256. Status 0 or 1.
+# Notes url (which served the end), attempts, bytes and sha256. Status 0, with anchor_fetch_size set to the bytes, or 1.
 anchor_fetch() {
     local sink=''
     anchor_fetch__download "$@"
@@ -41,7 +44,7 @@ anchor_fetch() {
 # usage: anchor_fetch__download "URL..." DEST [SHA256 [SIZE]]
 # What anchor_fetch and anchor_fetch_stream share. Reads sink, a function that takes the bytes; without it they go to DEST.
 anchor_fetch__download() {
-    local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" work="$2.fetch" file="$2.fetch/data"
+    local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" unbounded="${5:-}" work="$2.fetch" file="$2.fetch/data"
     local digester='' start deadline status
     # Another run may have been cut off here, and an older image would take memory from the new one.
     if { [ -d "$work" ] && ! rm -rf "${work:?}"; } || ! anchor_remove "$work" "$dest" || ! mkdir -m 700 "$work"; then
@@ -73,6 +76,8 @@ anchor_fetch__download() {
         anchor_recall "$work/error"
         anchor_fail "${anchor_recall:-the download to $dest was cut off}" "$1"
     fi
+    anchor_recall "$work/bytes"
+    anchor_fetch_size=${anchor_recall:-0}
     rm -rf "${work:?}"
     [ "$status" -eq 0 ]
 }
@@ -362,10 +367,11 @@ anchor_fetch__attempt() {
     anchor_note url "$anchor_fetch_url"
     [ ! -e "$work/error" ] || rm -f "$work/error" "$work/hint"
     if [ -z "$expected" ] || [ "$before" != "$expected" ]; then
+        anchor_fetch_sized=
         "anchor_${anchor_transport}_run" "$url" "$file" "$anchor_fetch_max"
         status=$?
+        [ -n "$anchor_fetch_sized" ] || anchor_fetch_size "$file"
     fi
-    anchor_fetch_size "$file"
     if [ "$anchor_fetch_size" -gt "$before" ]; then
         pieces=$((pieces + 1))
         owner=$n
@@ -529,10 +535,14 @@ anchor_fetch__budget() {
             [ "$key" != MemAvailable: ] || available=$((value * 1024))
         done <"${ANCHOR_ROOT:-}/proc/meminfo"
     fi
-    free=$(stat -f -c '%a %S' "$work") || free='0 0'
-    anchor_fetch_max=$((${free% *} * ${free#* }))
-    anchor_fetch_amount "$anchor_fetch_max"
-    anchor_fetch_room="$anchor_fetch_amount free in ${dest%/*}"
+    if [ -n "$unbounded" ] && [ -n "$available" ]; then
+        anchor_fetch_max=$((available + 1))
+    else
+        free=$(stat -f -c '%a %S' "$work") || free='0 0'
+        anchor_fetch_max=$((${free% *} * ${free#* }))
+        anchor_fetch_amount "$anchor_fetch_max"
+        anchor_fetch_room="$anchor_fetch_amount free in ${dest%/*}"
+    fi
     if [ -n "$available" ] && [ $((available - anchor_fetch_reserve)) -lt "$anchor_fetch_max" ]; then
         anchor_fetch_max=$((available - anchor_fetch_reserve))
         anchor_fetch_amount "$available"
@@ -703,7 +713,7 @@ anchor_fetch__feed() {
             0:*:10) nap=20 ;;
             *) nap=40 ;;
         esac
-        if [ $((anchor_uptime_ms - said)) -ge 2000 ]; then
+        if [ $((anchor_uptime_ms - said)) -ge 2000 ] && [ ! -e "$work/end" ]; then
             said=$anchor_uptime_ms
             anchor_fetch_size "$file"
             anchor_fetch__progress "$had" "$at" >&2
@@ -776,6 +786,7 @@ anchor_fetch__accept() {
         anchor_fetch__reject "$anchor_stream_why" "$anchor_stream_hint"
         return
     fi
+    anchor_keep "$work/bytes" "$anchor_fetch_size"
     if [ -z "$sink" ] && ! mv -f "$file" "$dest"; then
         anchor_fail "cannot move the download to $dest"
         return 1

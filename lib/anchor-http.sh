@@ -42,6 +42,7 @@ anchor_http_get() {
     [ ! -s "$state/error" ] || IFS= read -r text <"$state/error"
     text=${text#"curl: ("*") "}
     anchor_fetch_size "$file"
+    anchor_fetch_sized=1
     anchor_http__judge
 }
 

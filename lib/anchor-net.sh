@@ -6,6 +6,9 @@
 # Needs anchor-report.sh, anchor-types.sh and anchor-cmdline.sh.
 # shellcheck disable=SC2154 # anchor_value and anchor_uptime_ms are those libraries' results
 
+anchor_net__newline='
+'
+
 # usage: anchor_net_run
 # Waits until an interface has an address that works, then sees to it that /etc/resolv.conf names the name servers.
 # Reads $anchor_network_timeout (seconds). Sets anchor_net_interface, anchor_net_address. Status 1 when the time is up.
@@ -155,32 +158,41 @@ anchor_net__routed() {
 # usage: anchor_net__resolver
 # Writes /etc/resolv.conf when it has no name server and somebody knows one. Status 1 when it cannot be written.
 anchor_net__resolver() {
-    local file="${ANCHOR_ROOT:-}/etc/resolv.conf" servers search server
-    [ -z "$(anchor_net__lines "$file" nameserver)" ] || return 0
-    servers=$(anchor_net__hosts "$(anchor_net__known DNS new_domain_name_servers domain-name-servers nameserver)
-$(anchor_net__known '' new_dhcp6_name_servers dhcp6.name-servers '')" address)
+    local file="${ANCHOR_ROOT:-}/etc/resolv.conf" servers server
+    anchor_net__found=
+    anchor_net__lines "$file" nameserver
+    [ -z "$anchor_net__found" ] || return 0
+    anchor_net__known DNS new_domain_name_servers domain-name-servers nameserver
+    anchor_net__known '' new_dhcp6_name_servers dhcp6.name-servers ''
+    anchor_net__hosts address
+    servers=$anchor_net__hosts
     if [ -z "$servers" ]; then
         anchor_info "nobody gave this node a name server; host names will not resolve"
         return 0
     fi
-    search=$(anchor_net__hosts "$(anchor_net__known DOMAINS new_domain_search domain-search search)
-$(anchor_net__known DOMAINNAME new_domain_name domain-name '')")
+    anchor_net__found=
+    anchor_net__known DOMAINS new_domain_search domain-search search
+    anchor_net__known DOMAINNAME new_domain_name domain-name ''
+    anchor_net__hosts
+    # Nobody reads it before it is there: programs that resolve names come later.
     {
-        for server in $servers; do printf 'nameserver %s\n' "$server"; done
+        for server in $servers; do printf 'nameserver %s\n' "$server" || return 1; done
         # shellcheck disable=SC2086 # validated host names, one word each
-        [ -z "$search" ] || printf '%s\n' "search$(printf ' %s' $search)"
+        [ -z "$anchor_net__hosts" ] || { printf search && printf ' %s' $anchor_net__hosts && printf '\n'; }
     } >"$file.new" && mv -f "$file.new" "$file" && return 0
     anchor_fail "cannot write /etc/resolv.conf" "is the root file system of the initramfs full?"
     return 1
 }
 
 # usage: anchor_net_ntp
-# Prints the NTP servers that the network manager was told of, one per line. Status 1 if there are none.
+# Sets anchor_net_ntp to the NTP servers that the network manager was told of, one per line. Status 1 if there are none.
 anchor_net_ntp() {
-    local servers
-    servers=$(anchor_net__hosts "$(anchor_net__known NTP new_ntp_servers ntp-servers '')
-$(anchor_net__known '' new_dhcp6_sntp_servers dhcp6.sntp-servers '')")
-    [ -n "$servers" ] && printf '%s\n' "$servers"
+    anchor_net__found=
+    anchor_net__known NTP new_ntp_servers ntp-servers ''
+    anchor_net__known '' new_dhcp6_sntp_servers dhcp6.sntp-servers ''
+    anchor_net__hosts
+    anchor_net_ntp=$anchor_net__hosts
+    [ -n "$anchor_net_ntp" ]
 }
 
 # usage: anchor_net_hostname
@@ -190,10 +202,18 @@ anchor_net_hostname() {
     anchor_net__ip_name=
     anchor_net__systemd_name=
     anchor_cmdline_each anchor_net__named
-    name=$(anchor_net__first "$(anchor_net__known HOSTNAME new_host_name host-name '')")
-    domain=$(anchor_net__first "$(anchor_net__known DOMAINNAME new_domain_name domain-name '')")
+    anchor_net__found=
+    anchor_net__known HOSTNAME new_host_name host-name ''
+    anchor_net__hosts
+    name=${anchor_net__hosts%%"$anchor_net__newline"*}
     case $name in
         '' | *.*) domain= ;;
+        *)
+            anchor_net__found=
+            anchor_net__known DOMAINNAME new_domain_name domain-name ''
+            anchor_net__hosts
+            domain=${anchor_net__hosts%%"$anchor_net__newline"*}
+            ;;
     esac
     for name in "$anchor_net__ip_name" "$anchor_net__systemd_name" "$name${domain:+.$domain}" /; do
         [ "$name" != / ] || name=$(cat "${ANCHOR_ROOT:-}/proc/sys/kernel/hostname" 2>/dev/null)
@@ -247,45 +267,51 @@ anchor_net__ip_field() {
 }
 
 # usage: anchor_net__known KEY VARIABLE OPTION WORD
-# Prints, as raw words, what the managers know of one fact. Each has its own name for it; '' means it has none:
-# KEY= in systemd-networkd's and NetworkManager's files, VARIABLE= in what dracut keeps of dhclient's environment,
+# Adds to anchor_net__found, as raw words, what the managers know of one fact. Each has its own name for it; '' means it has
+# none: KEY= in systemd-networkd's and NetworkManager's files, VARIABLE= in what dracut keeps of dhclient's environment,
 # `option OPTION …;` in a dhclient lease, and `WORD …` in a resolv.conf.
 anchor_net__known() {
     local root="${ANCHOR_ROOT:-}" file
     for file in "$root"/run/systemd/netif/links/* "$root"/run/systemd/netif/leases/* \
         "$root"/run/NetworkManager/*.lease "$root"/var/lib/NetworkManager/*.lease; do
-        [ -n "$1" ] && anchor_net__value "$file" "$1" && printf '%s\n' "$anchor_net__value"
+        [ -z "$1" ] || ! anchor_net__value "$file" "$1" || anchor_net__add "$anchor_net__value"
     done
     case $1 in
         HOSTNAME) anchor_net__lease 12 ;;
         DOMAINNAME) anchor_net__lease 15 ;;
     esac
     for file in "$root"/tmp/dhclient.*.dhcpopts; do
-        anchor_net__value "$file" "$2" && printf '%s\n' "$anchor_net__value"
+        ! anchor_net__value "$file" "$2" || anchor_net__add "$anchor_net__value"
     done
     for file in "$root"/tmp/dhclient.*.lease; do
-        anchor_net__option "$file" "$3" && printf '%s\n' "$anchor_net__value"
+        ! anchor_net__option "$file" "$3" || anchor_net__add "$anchor_net__value"
     done
     for file in "$root"/tmp/net.*.resolv.conf "$root"/run/NetworkManager/resolv.conf; do
-        [ -n "$4" ] && anchor_net__lines "$file" "$4"
+        [ -z "$4" ] || anchor_net__lines "$file" "$4"
     done
     return 0
 }
 
+# usage: anchor_net__add TEXT
+anchor_net__add() {
+    anchor_net__found="$anchor_net__found$1$anchor_net__newline"
+}
+
 # usage: anchor_net__lease CODE
-# Prints the value of a DHCP option in each lease of systemd-networkd from 261 on, which no longer writes leases to /run;
-# what it writes about a link has no host name. Its lines are: code, name of one or more words, value.
+# Adds to anchor_net__found the value of a DHCP option in each lease of systemd-networkd from 261 on, which no longer writes
+# leases to /run; what it writes about a link has no host name. Its lines are: code, name of one or more words, value.
 anchor_net__lease() {
     local link code rest
-    command -v networkctl >/dev/null 2>&1 || return 0
     for link in "${ANCHOR_ROOT:-}"/run/systemd/netif/links/*; do
         # Nobody has asked for a lease for lo.
         anchor_net__value "$link" NETWORK_FILE || continue
         [ ! -e "${link%/links/*}/leases/${link##*/}" ] || continue
-        timeout 5 networkctl --no-pager --no-legend --full dhcp-lease "${link##*/}" 2>/dev/null |
-            while read -r code rest; do
-                [ "$code" != "$1" ] || printf '%s\n' "${rest##* }"
-            done
+        command -v networkctl >/dev/null 2>&1 || return 0
+        while read -r code rest; do
+            [ "$code" != "$1" ] || anchor_net__add "${rest##* }"
+        done <<EOT
+$(timeout 5 networkctl --no-pager --no-legend --full dhcp-lease "${link##*/}" 2>/dev/null)
+EOT
     done
     return 0
 }
@@ -329,43 +355,35 @@ anchor_net__unquote() {
 }
 
 # usage: anchor_net__lines FILE WORD
-# Prints what follows WORD in the lines of a resolv.conf that begin with it.
+# Adds to anchor_net__found what follows WORD in the lines of a resolv.conf that begin with it.
 anchor_net__lines() {
     local first rest
     [ -f "$1" ] || return 0
     while read -r first rest || [ -n "$first" ]; do
-        [ "$first" = "$2" ] && printf '%s\n' "$rest"
+        [ "$first" != "$2" ] || anchor_net__add "$rest"
     done <"$1"
     return 0
 }
 
-# usage: anchor_net__hosts TEXT [address]
-# Prints the valid host names and addresses (or only addresses) in TEXT, normalised, each once and on its own line. The
-# parentheses make it a subshell: neither IFS nor the missing globbing get out.
-anchor_net__hosts() (
-    seen=' '
-    set -f
-    IFS=' ,	
-'
-    for word in $1; do
+# usage: anchor_net__hosts [address]
+# Sets anchor_net__hosts to the valid host names and addresses (or only addresses) in anchor_net__found, normalised, each
+# once and on its own line.
+anchor_net__hosts() {
+    local rest="$anchor_net__found" word
+    anchor_net__hosts=
+    while :; do
+        rest=${rest#"${rest%%[!,	 "$anchor_net__newline"]*}"}
+        [ -n "$rest" ] || return 0
+        word=${rest%%[,	 "$anchor_net__newline"]*}
+        rest=${rest#"$word"}
         anchor_type_host "${word%.}" || continue
-        case ${2:-}:$anchor_value in
+        case ${1:-}:$anchor_value in
             address:*:*) ;;
             address:*[!0-9.]*) continue ;;
         esac
-        case $seen in
-            *" $anchor_value "*) continue ;;
+        case $anchor_net__newline$anchor_net__hosts$anchor_net__newline in
+            *"$anchor_net__newline$anchor_value$anchor_net__newline"*) continue ;;
         esac
-        seen="$seen$anchor_value "
-        printf '%s\n' "$anchor_value"
+        anchor_net__hosts="$anchor_net__hosts${anchor_net__hosts:+$anchor_net__newline}$anchor_value"
     done
-)
-
-# usage: anchor_net__first TEXT
-# Prints the first valid host name in TEXT.
-anchor_net__first() {
-    local hosts
-    hosts=$(anchor_net__hosts "$1")
-    printf '%s\n' "${hosts%%
-*}"
 }

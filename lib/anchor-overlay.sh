@@ -45,7 +45,7 @@ anchor_overlay__undo() {
 # An SELinux policy will want rootcontext=<label of the lower root> among these options.
 anchor_overlay__space() {
     local error options="mode=0700,nosuid,nodev,size=$anchor_overlay_size"
-    error=$({ mkdir -p "$1" && mount -t tmpfs -o "$options" anchor-overlay "$1"; } 2>&1) && return 0
+    error=$({ { [ -d "$1" ] || mkdir -p "$1"; } && mount -t tmpfs -o "$options" anchor-overlay "$1"; } 2>&1) && return 0
     anchor_fail "cannot make the writable layer of $anchor_overlay_size: $error" "see rd.anchor.overlay.size="
     return 1
 }

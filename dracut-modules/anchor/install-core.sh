@@ -14,8 +14,10 @@ network_module() {
     fi
 }
 
-# Devices that no node boots from or over, often hundreds of them.
-idle_subsystems=(tty vc vtconsole mem memory cpu machinecheck bdi workqueue clocksource clockevents event_source)
+# Devices that no node boots from or over, often hundreds of them; and what udev reports like devices: the kernel's drivers,
+# their buses and its modules.
+idle_subsystems=(tty vc vtconsole mem memory memory_tiering node cpu machinecheck bdi workqueue clocksource clockevents
+    event_source wakeup thermal leds module drivers subsystem)
 
 install_core() {
     local n
@@ -26,6 +28,7 @@ install_core() {
     install_network
     install_early_udev
     install_direct
+    install_late_modprobe
     # ualpn gives up root for nobody; dracut knows that user, but not its group.
     grep -E '^(nobody|nogroup):' "${dracutsysrootdir-}/etc/group" >>"$initdir/etc/group"
 }
@@ -108,6 +111,18 @@ install_network_manager() {
     done
 }
 
+# Hides modprobe until /proc is mounted, which is the first thing that an init does. Before it there is the kernel's own
+# start, which asks modprobe six times, one after the other, for ciphers and hashes that it has built in or goes without:
+# each time it would start the program and wait for it. (CONFIG_MODPROBE_PATH is /sbin/modprobe.) dracut leaves a file
+# alone that is there.
+install_late_modprobe() {
+    local link="$initdir/usr/sbin/modprobe" target
+    [[ -L $link && -x $link ]] || return 0
+    target=$(readlink -m "$link") || return 0
+    [[ $target == "$(readlink -m "$initdir")"/* ]] || return 0
+    ln -sfn "/proc/self/root${target#"$(readlink -m "$initdir")"}" "$link" || exit 1
+}
+
 # Lets dracut's services run anchor-direct.sh instead of their scripts, which are in its second argument.
 install_direct() {
     local hook program programs=() own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
@@ -125,6 +140,9 @@ install_direct() {
         printf '[Service]\nExecStart=\nExecStart=-/bin/sh /usr/lib/anchor/anchor-direct.sh %s %s\n' "$hook" "$program" \
             >"$units/dracut-$hook.service.d/anchor.conf" || exit 1
     done
+    # Nothing is left to do for it then.
+    printf '[Unit]\nConditionPathExists=!/run/anchor/steps/handed-off\n' >>"$units/dracut-pre-pivot.service.d/anchor.conf" ||
+        exit 1
 }
 
 # dracut starts udev when its cmdline hooks are done, which costs a boot a second. Where no module has a hook that udev
@@ -164,11 +182,38 @@ install_short_wait() {
     done
     sed -e "s/^ExecStart=.*udevadm trigger .*/&$skip/" "$own/systemd-udev-trigger.service" \
         >"$units/systemd-udev-trigger.service" || exit 1
+    install_light_services
+    install_no_sysctl
     # These two look for a root on a disk.
     dracut_module_included rootfs-block || for name in dracut-rootfs-generator systemd-gpt-auto-generator; do
         mkdir -p "$initdir/etc/systemd/system-generators" &&
             ln -sfn /dev/null "$initdir/etc/systemd/system-generators/$name" || exit 1
     done
+}
+
+# Services whose start a boot waits for. The filters of system calls of the two that nobody can reach over the network take
+# longer to make than all else of their start; systemd-networkd keeps its own, and comes before the devices that can wait.
+install_light_services() {
+    local name units="$initdir/etc/systemd/system"
+    for name in systemd-udevd systemd-journald; do
+        mkdir -p "$units/$name.service.d" &&
+            printf '%s\n' '[Service]' SystemCallFilter= SystemCallArchitectures= RestrictAddressFamilies= RestrictNamespaces=no \
+                RestrictRealtime=no RestrictSUIDSGID=no MemoryDenyWriteExecute=no LockPersonality=no \
+                >"$units/$name.service.d/anchor.conf" || exit 1
+    done
+    mkdir -p "$units/systemd-networkd.service.d" &&
+        printf '[Service]\nNice=-10\n' >"$units/systemd-networkd.service.d/anchor.conf" || exit 1
+}
+
+# Leaves the settings of sysctl.d to the root that is booted, which has its own; unless one is about the network, because
+# what an interface is set up with stays. With them goes a program that udev would start for each network card.
+install_no_sysctl() {
+    local rules="${dracutsysrootdir-}${udevdir-}/rules.d/99-systemd.rules"
+    ! grep -rqsE '^[^#;]*net[./]' "$initdir"/{etc,usr/lib,lib}/sysctl.d "$initdir/etc/sysctl.conf" || return 0
+    ln -sfn /dev/null "$initdir/etc/systemd/system/systemd-sysctl.service" || exit 1
+    [[ -e $rules ]] || return 0
+    mkdir -p "$initdir/etc/udev/rules.d" &&
+        sed -e 's/^.*systemd-sysctl.*$/# left out/' "$rules" >"$initdir/etc/udev/rules.d/99-systemd.rules" || exit 1
 }
 
 # Copies from the host, as dracut does with some, the users and groups that daemons in the initramfs run as. Status 1 if

@@ -28,10 +28,13 @@ anchor_acme__uacme() {
     anchor_acme__before=$anchor_acme__accepted
     # Opened for both ways first: an open that waits for the other end fails in busybox sh when a child ends meanwhile.
     exec 8<>"$ANCHOR_ACME_DIR/lines" || return 1
+    set -- uacme -vvv -y -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@"
+    case " $* " in
+        # Who stops it (anchor_acme__pause) has to come first, however busy the node is.
+        *' -- issue '*) set -- nice -n 19 "$@" ;;
+    esac
     # Since 1.7.6 uacme can be told its trust anchors; before, it reads the distribution's own file.
-    # Who stops it (anchor_acme__pause) has to come first, however busy the node is.
-    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" nice -n 19 uacme -vvv -y \
-        -c "$ANCHOR_ACME_DIR/conf" -a "$anchor_acme_server" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
+    UACME_CAINFO="${ANCHOR_ROOT:-}/etc/anchor/ca.pem" timeout -k 2 "$limit" "$@" </dev/null >"$ANCHOR_ACME_DIR/report" 2>&1 8>&- &
     client=$!
     grep --line-buffered -aoE "$ANCHOR_ACME_LINES" <"$ANCHOR_ACME_DIR/report" >&8 8>&- &
     exec 9<"$ANCHOR_ACME_DIR/lines" 8>&-
@@ -93,14 +96,23 @@ anchor_acme__uacme_says() {
 # usage: anchor_acme__pause [FUNCTION]
 # Stops uacme before it first asks whether the server has done its part, until FUNCTION says so (at most about 2 s), six
 # times in a row because servers come several times, and a moment more: an answer that comes too early is "not yet", and
-# then uacme sleeps 5 s before it asks again.
+# then uacme sleeps 5 s before it asks again. A server that comes from several places comes from three or more (CA/Browser
+# Forum, Baseline Requirements, 3.2.2.9): where it came twice, there is one on its way, and a lost packet is sent again after a
+# second.
 anchor_acme__pause() {
-    local left=30 quiet=0
+    local left=30 quiet=0 since
     kill -STOP "-$client" 2>/dev/null || return 0
-    while [ -n "${1:-}" ] && [ "$left" -gt 0 ] && [ "$quiet" -lt 6 ]; do
+    anchor_uptime_ms
+    since=$anchor_uptime_ms
+    while [ -n "${1:-}" ] && [ "$left" -gt 0 ]; do
         sleep 0.05
         if "$1"; then quiet=$((quiet + 1)); else quiet=0; fi
         left=$((left - 1))
+        anchor_uptime_ms
+        [ "$quiet" -gt 0 ] || since=$anchor_uptime_ms
+        [ "$quiet" -ge 6 ] || continue
+        [ $((anchor_acme__accepted - anchor_acme__before)) -eq 2 ] || break
+        [ $((anchor_uptime_ms - since)) -lt 1300 ] || break
     done
     sleep 0.1
     kill -CONT "-$client" 2>/dev/null

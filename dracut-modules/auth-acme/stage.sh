@@ -22,7 +22,7 @@ anchor_acme_run() {
     anchor_note server "$anchor_acme__host"
     anchor_note challenge "$anchor_acme_challenge"
     export ANCHOR_ACME_DIR="${ANCHOR_ROOT:-}/run/anchor/acme" ANCHOR_ACME_CHALLENGE="$anchor_acme_challenge"
-    rm -rf "${ANCHOR_ACME_DIR:?}"
+    [ ! -e "$ANCHOR_ACME_DIR" ] || rm -rf "${ANCHOR_ACME_DIR:?}"
     if ! mkdir -p "$ANCHOR_ACME_DIR/conf" || ! mkfifo "$ANCHOR_ACME_DIR/report" "$ANCHOR_ACME_DIR/lines"; then
         anchor_fail "cannot write to ${ANCHOR_ACME_DIR%/acme}" "is there memory left for /run?"
         return 1
@@ -88,30 +88,41 @@ anchor_acme__settings_eab() {
 }
 
 # usage: anchor_acme__respond
-# Starts the challenge's responder. timeout(1) makes sure that it ends even if this shell is killed.
+# Starts the challenge's responder, which comes up while the account is made. timeout(1) makes sure that it ends even if
+# this shell is killed.
 anchor_acme__respond() {
-    local port=80 hex=0050 user=''
-    [ "$anchor_acme_challenge" = http-01 ] || port=443 hex=01BB
-    if anchor_acme__listening "$hex"; then
+    local port=80 user=''
+    anchor_acme__hex=0050
+    [ "$anchor_acme_challenge" = http-01 ] || port=443 anchor_acme__hex=01BB
+    if anchor_acme__listening "$anchor_acme__hex"; then
         anchor_fail "port $port is already in use on the node: no way to answer the $anchor_acme_challenge challenge" \
             "end what listens there, or choose another rd.anchor.acme.challenge="
         return 1
     fi
     if [ "$port" = 80 ]; then
         anchor_acme__respond_http
-        anchor_acme__respond_wait "$hex" 2 && return 0
+        return
+    fi
+    # ualpn parses what strangers send: it gives up root where the initramfs has a user for that.
+    while read -r user; do
+        case $user in nobody:*) break ;; esac
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/etc/passwd"
+    anchor_acme__respond_tls ${user:+-u nobody}
+}
+
+# usage: anchor_acme__responds
+# Waits until the responder answers. Status 1, explained, if it does not.
+anchor_acme__responds() {
+    local port=80
+    if [ "$anchor_acme_challenge" = http-01 ]; then
+        anchor_acme__respond_wait 2 && return 0
     else
-        # ualpn parses what strangers send: it gives up root where the initramfs has a user for that.
-        while read -r user; do
-            case $user in nobody:*) break ;; esac
-        done 2>/dev/null <"${ANCHOR_ROOT:-}/etc/passwd"
-        if [ -n "$user" ]; then
-            anchor_acme__respond_tls -u nobody
-            anchor_acme__respond_wait "$hex" 3 && return 0
-            anchor_acme__responder_end
-        fi
+        port=443
+        anchor_acme__respond_wait 3 && return 0
+        anchor_acme__responder_end
+        # As root then, if there is a user whom it cannot become.
         anchor_acme__respond_tls
-        anchor_acme__respond_wait "$hex" 3 && return 0
+        anchor_acme__respond_wait 3 && return 0
     fi
     anchor_fail "cannot listen on port $port to answer the $anchor_acme_challenge challenge" \
         "are socat, ualpn and the loopback network in the initramfs?"
@@ -140,13 +151,13 @@ anchor_acme__respond_tls() {
     anchor_acme__responder=$!
 }
 
-# usage: anchor_acme__respond_wait PORT-IN-HEX PROCESSES
+# usage: anchor_acme__respond_wait PROCESSES
 # Waits up to 5 s until the responder listens and has its processes: ualpn closes what comes before it has a worker,
 # which it starts 0.1 s after it listens. Status 1 if the responder ended or is late.
 anchor_acme__respond_wait() {
     local tries=100
     while [ "$tries" -gt 0 ] && kill -0 "$anchor_acme__responder" 2>/dev/null; do
-        if anchor_acme__listening "$1" && anchor_acme__grown "$2"; then return 0; fi
+        if anchor_acme__listening "$anchor_acme__hex" && anchor_acme__grown "$1"; then return 0; fi
         sleep 0.05
         tries=$((tries - 1))
     done
@@ -195,7 +206,10 @@ anchor_acme__attempts() {
     while :; do
         attempt=$((attempt + 1))
         anchor_note_number attempts "$attempt"
+        anchor_acme__mute=
         anchor_acme__order && return 0
+        # What cannot pass has been said.
+        [ -z "$anchor_acme__mute" ] || return 1
         if ! anchor_acme__judge "$attempt"; then
             anchor_fail "$failed: $anchor_acme__what" "$anchor_acme__hint"
             return 1
@@ -240,6 +254,10 @@ anchor_acme__order() {
         anchor_acme__new_account || return 1
         anchor_acme__account=made
     fi
+    if ! anchor_acme__responds; then
+        anchor_acme__mute=1
+        return 1
+    fi
     anchor_acme__uacme -t "$type" -b "$bits" -h "${ANCHOR_ROOT:-}/usr/lib/anchor/acme-challenge" \
         -- issue "$anchor_acme__name"
 }
@@ -277,20 +295,45 @@ anchor_acme__new_account() {
 # Moves the finished files into the credentials: the certificate last, so where it is, its key is too.
 anchor_acme__keep() {
     local conf="$ANCHOR_ACME_DIR/conf" to="${ANCHOR_ROOT:-}/run/anchor/credentials" name="$anchor_acme__name"
-    case $(cat "$conf/$name/cert.pem") in
+    anchor_acme__text "$conf/$name/cert.pem"
+    case $anchor_acme__text in
         *"-----BEGIN CERTIFICATE-----"*"-----END CERTIFICATE-----"*) ;;
         *)
             anchor_fail "what $anchor_acme__host issued for $name is not a certificate in PEM form" "look at the CA's log"
             return 1
             ;;
     esac
-    if mkdir -p "$to" && chmod 0700 "$to" && rm -f "$to/client.crt" &&
-        chmod 0600 "$conf/$name/cert.pem" "$conf/private/$name/key.pem" "$conf/private/key.pem" &&
-        mv -f "$conf/private/key.pem" "$to/acme-account.key" &&
-        mv -f "$conf/private/$name/key.pem" "$to/client.key" &&
-        mv -f "$conf/$name/cert.pem" "$to/client.crt"; then
+    # The umask makes it 0700.
+    if { [ -d "$to" ] || mkdir -p "$to"; } &&
+        anchor_remove "$to/client.crt" "$to/client.key" "$to/acme-account.key" &&
+        anchor_acme__put "$conf/private/key.pem" "$to/acme-account.key" &&
+        anchor_acme__put "$conf/private/$name/key.pem" "$to/client.key" &&
+        anchor_acme__put "$conf/$name/cert.pem" "$to/client.crt"; then
         anchor_info "certificate for $name from $anchor_acme__host"
         return 0
     fi
     anchor_fail "cannot write the certificate to $to" "is there memory left for /run?"
+}
+
+# usage: anchor_acme__put FROM TO
+# Copies some lines of text, without a program; the umask is 077. What was written is read again, because /run may be full.
+anchor_acme__put() {
+    local text
+    anchor_acme__text "$1"
+    text=$anchor_acme__text
+    printf '%s' "$text" >"$2" || return 1
+    anchor_acme__text "$2"
+    [ -n "$text" ] && [ "$anchor_acme__text" = "$text" ]
+}
+
+# usage: anchor_acme__text FILE
+# Sets anchor_acme__text to the lines of the file, each ended.
+anchor_acme__text() {
+    local line
+    anchor_acme__text=
+    [ -r "$1" ] || return 0
+    while IFS= read -r line || [ -n "$line" ]; do
+        anchor_acme__text="$anchor_acme__text$line
+"
+    done <"$1"
 }

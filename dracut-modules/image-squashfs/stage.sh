@@ -39,8 +39,8 @@ anchor_squashfs__run() {
     [ "$status" -eq 2 ] || return "$status"
     # It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
     anchor_memory_space "$dir" 100% nr_inodes=64 || return 1
-    if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" &&
-        anchor_squashfs__check "$dir/image" &&
+    if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" memory &&
+        anchor_squashfs__check "$dir/image" "$anchor_fetch_size" &&
         anchor_memory_seal "$dir" "$anchor_squashfs__size"; then
         (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
         return 0
@@ -82,12 +82,13 @@ anchor_squashfs_mount() {
     return 1
 }
 
-# usage: anchor_squashfs__check FILE
+# usage: anchor_squashfs__check FILE [SIZE]
 # Whether FILE is a whole squashfs or erofs; when not, says what it is instead. Sets anchor_squashfs__format to the file
 # system's type and anchor_squashfs__size to the file's bytes; keeps the type for the mount, and notes it.
 anchor_squashfs__check() {
     local used
-    anchor_squashfs__size=$(stat -L -c %s "$1")
+    anchor_squashfs__size=${2:-}
+    [ -n "$anchor_squashfs__size" ] || anchor_squashfs__size=$(stat -L -c %s "$1")
     # The superblock of a squashfs is in its first 96 bytes. erofs leaves 1024 bytes to boot loaders, then comes its own.
     # shellcheck disable=SC2046 # od prints numbers
     set -- $(od -A n -v -t u1 -N 1064 "$1" 2>/dev/null)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -233,11 +234,19 @@ def test_hooks_and_network_are_inside(built: Built) -> None:
         assert member is not None
         assert member.mode & 0o111
     assert b"DHCP=yes" in content(built, "etc/systemd/network/zz-anchor.network")
+    # The server that gave the address to iPXE gives the same one again, at each boot.
+    assert b"\nClientIdentifier=mac\n" in content(built, "etc/systemd/network/zz-anchor.network")
     assert built.initramfs.resolve("etc/systemd/system/initrd.target.wants/systemd-networkd.service")
     assert b"anchor_netdev_run" in content(built, "etc/systemd/system/sysinit.target.wants/anchor-netdev.service")
     assert content(built, "etc/modprobe.d/anchor.conf") == b"options bonding max_bonds=0\n"
     link = content(built, "etc/systemd/network/10-anchor-bond.link")
     assert link == b"[Match]\nType=bond\n\n[Link]\nMACAddressPolicy=none\n"
+
+
+def test_the_last_hook_is_left_out_where_the_steps_handed_off(built: Built) -> None:
+    drop_in = content(built, "etc/systemd/system/dracut-pre-pivot.service.d/anchor.conf").decode()
+    assert drop_in.endswith("[Unit]\nConditionPathExists=!/run/anchor/steps/handed-off\n")
+    assert "anchor-direct.sh pre-pivot " in drop_in
 
 
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
@@ -266,9 +275,33 @@ def test_udev_gets_to_the_network_card_without_detours(built: Built) -> None:
     assert {"tty", "disk", "kmem"} <= {line.partition(":")[0] for line in groups.splitlines()}
     trigger = content(built, "etc/systemd/system/systemd-udev-trigger.service").decode()
     assert " --subsystem-nomatch=tty " in trigger
+    assert " --subsystem-nomatch=module " in trigger
+    # udev and the journal start without filters; systemd-networkd, which strangers can reach, keeps its own.
+    for unit in ("systemd-udevd", "systemd-journald"):
+        assert b"\nSystemCallFilter=\n" in content(built, f"etc/systemd/system/{unit}.service.d/anchor.conf")
+    assert content(built, "etc/systemd/system/systemd-networkd.service.d/anchor.conf") == b"[Service]\nNice=-10\n"
     assert not any(
         f"--subsystem-nomatch={name}" in trigger for name in ("pci", "virtio", "usb", "net", "block", "acpi")
     )
+
+
+def test_the_kernel_finds_modprobe_once_proc_is_mounted(built: Built) -> None:
+    link = built.initramfs.members["usr/sbin/modprobe"]
+    assert link.content == b"/proc/self/root/usr/bin/kmod"
+    program = built.initramfs.resolve("sbin/modprobe")
+    assert program is not None
+    assert program.content.startswith(b"\x7fELF")
+
+
+def test_settings_that_are_not_the_networks_are_left_to_the_root(built: Built) -> None:
+    names = [name for name in built.initramfs.members if "/sysctl.d/" in name]
+    about_the_network = any(re.search(rb"^[^#;\n]*net[./]", content(built, name), re.MULTILINE) for name in names)
+    left_out = "etc/systemd/system/systemd-sysctl.service" in built.initramfs.members
+    assert left_out != about_the_network
+    if left_out:
+        rules = content(built, "etc/udev/rules.d/99-systemd.rules")
+        assert b"systemd-sysctl" not in rules
+        assert b'SUBSYSTEM=="net"' in rules
 
 
 def test_modes_do_not_depend_on_the_umask(built: Built) -> None:

@@ -276,3 +276,24 @@ def test_image_holds_what_a_node_needs(tmp_path: Path) -> None:
     assert f"squashfs-root/usr/lib/modules/{made.release}/modules.dep" in owned
     assert "squashfs-root/mnt" in owned
     assert not [name for name in owned if name.startswith("squashfs-root/var/cache/")]
+
+
+SITE_NAMES = Path(__file__).parents[2] / "contrib" / "site" / "root" / "usr" / "local" / "sbin" / "site-names"
+
+
+@pytest.mark.parametrize("lease", [True, False])
+def test_names_come_from_the_lease_or_from_a_link_that_needs_none(tmp_path: Path, lease: bool) -> None:
+    for name in ("etc", "proc/sys/kernel", "run/systemd/netif/leases", "run/systemd/netif/links", "run/anchor/steps"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "proc/sys/kernel/hostname").write_text("localhost\n")
+    (tmp_path / "run/anchor/steps/node").write_text("node6.example\n")
+    netif = tmp_path / "run/systemd/netif"
+    (netif / "links/1").write_text("ADMIN_STATE=unmanaged\n")
+    (netif / "links/2").write_text("ADMIN_STATE=configured\nDNS=fd07::3\n")
+    if lease:
+        (netif / "leases/2").write_text("HOSTNAME=node4.example\nDNS=10.0.2.3\n")
+    done = subprocess.run(["sh", SITE_NAMES], env={**os.environ, "SITE_ROOT": str(tmp_path)}, timeout=60, check=False)
+    assert done.returncode == 0
+    name, server = ("node4.example", "10.0.2.3") if lease else ("node6.example", "fd07::3")
+    assert (tmp_path / "proc/sys/kernel/hostname").read_text() == f"{name}\n"
+    assert (tmp_path / "etc/resolv.conf").read_text() == f"nameserver {server}\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -325,7 +326,7 @@ def test_a_credential_that_cannot_be_protected_fails_the_step(node: Shell, run: 
     failing = '[ "$1" != 0600 ] || [ -e "$ANCHOR_ROOT/once" ] || { touch "$ANCHOR_ROOT/once"; return 1; }'
     stand_ins.write_text(STAND_INS + f'chmod() {{ {failing}; command chmod "$@"; }}\n')
     done = run()
-    assert "why:        cannot keep the credential client.crt from others" in done.stderr
+    assert "why:        cannot keep the credentials from others" in done.stderr
     assert [call.split()[0] for call in calls(node)].count("auth") == 2
     (failed,) = [step for step in report(node)["steps"] if step["result"] == "failed"]
     assert failed["step"] == "auth"
@@ -538,6 +539,21 @@ def test_hooks_may_run_again(node: Shell, run: Run) -> None:
     assert run("anchor_boot_main && anchor_boot_main").returncode == 0
     assert calls(node) == CALLS
     assert (node.root / "run/anchor/boot.json").read_text() == before
+
+
+def test_all_hooks_at_once_hand_off_and_do_it_once(node: Shell, run: Run) -> None:
+    handed_off = node.root / "run/anchor/steps/handed-off"
+    assert run("anchor_boot_cmdline; anchor_boot_main").returncode == 0
+    assert not handed_off.exists()
+    shutil.rmtree(node.root / "run/anchor")
+    done = run("anchor_boot_direct")
+    assert (done.returncode, handed_off.exists()) == (0, True)
+    found = report(node)
+    assert (found["result"], found["switch_root_ms"] > 0) == ("ok", True)
+    assert [step["step"] for step in found["steps"]] == STEPS
+    before = calls(node)
+    assert run("anchor_boot_direct").returncode == 0
+    assert calls(node) == before
 
 
 def test_the_hand_off_completes_the_report_in_the_booted_root(node: Shell, run: Run) -> None:

@@ -19,6 +19,8 @@ for lib in report types cmdline net; do . "$LIB/anchor-$lib.sh"; done
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 mkdir -p "$anchor_step_dir" "$ANCHOR_ROOT/etc" && cd "$ANCHOR_ROOT" || exit 9
 """
+NTP = """anchor_net_ntp && printf '%s\\n' "$anchor_net_ntp"
+"""
 # A cable: two ends, the near one called eth0.
 CABLE = "ip link add eth0 type veth peer name far && ip link set far up && ip link set lo up || exit 9\n"
 ADDRESS = CABLE + "ip link set eth0 up && ip addr add 10.1.2.3/24 dev eth0 || exit 9\n"
@@ -221,7 +223,7 @@ def test_what_a_dhcp_server_says_stays_text(shell: Shell) -> None:
             "tmp/dhclient.eth0.dhcpopts": "new_domain_name_servers='10.6.6.6'; touch pwned\ntouch pwned\n",
         },
     )
-    done = run(shell, ADDRESS + "anchor_net_run; anchor_net_hostname; anchor_net_ntp")
+    done = run(shell, ADDRESS + "anchor_net_run; anchor_net_hostname; " + NTP)
     lines = (shell.root / "etc/resolv.conf").read_text().splitlines()
     assert lines == ["nameserver 10.5.5.5", "search name ok.example"]
     assert done.stdout.splitlines() == ["name.name", "name"]
@@ -246,7 +248,7 @@ def test_networkd_gets_time_to_write_down_the_name_servers(shell: Shell) -> None
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_ntp_servers(shell: Shell, source: str) -> None:
     write(shell.root, SOURCES[source])
-    done = run(shell, "anchor_net_ntp", unshare=())
+    done = run(shell, NTP, unshare=())
     if source in WITHOUT_NTP:
         assert (done.returncode, done.stdout) == (1, "")
     else:
@@ -329,7 +331,7 @@ nsenter -t $! -n dnsmasq --keep-in-foreground --conf-file=/dev/null --port=0 --i
 printf '[Match]\\nName=eth0\\n[Network]\\nDHCP=ipv4\\n' >/run/systemd/network/eth0.network
 /lib/systemd/systemd-networkd >networkd.log 2>&1 &
 anchor_net_run || exit 1
-anchor_net_hostname && anchor_net_ntp
+anchor_net_hostname && anchor_net_ntp && printf '%s\\n' "$anchor_net_ntp"
 """
 
 

@@ -91,7 +91,7 @@ def test_tls_responder_is_ready_when_the_order_begins(node: Node) -> None:
 anchor_acme_timeout=20 anchor_acme_challenge=tls-alpn-01
 export ANCHOR_ACME_DIR="$ANCHOR_ROOT/run/anchor/acme"
 mkdir -p "$ANCHOR_ACME_DIR"
-anchor_acme__respond || exit 1
+anchor_acme__respond && anchor_acme__responds || exit 1
 timeout 0.3 socat -u TCP:127.0.0.1:443 -
 echo "held open: $?"
 anchor_acme__responder_end
@@ -271,11 +271,11 @@ def test_responder_gives_its_answer_and_nothing_else(node: Node) -> None:
         for text in REQUESTS.values()
     )
     text = f"""
-anchor_acme_timeout=20
+anchor_acme_timeout=20 anchor_acme_challenge=http-01 anchor_acme__hex=0050
 export ANCHOR_ACME_DIR="$ANCHOR_ROOT/run/anchor/acme"
 mkdir -p "$ANCHOR_ACME_DIR"; echo secret >"$ANCHOR_ACME_DIR/secret"
 anchor_acme__respond_http
-anchor_acme__respond_wait 0050 2 || exit 1
+anchor_acme__responds || exit 1
 echo "early: $(socat -t 5 /dev/null TCP4:127.0.0.1:80 2>&1)"
 hook="$ANCHOR_ROOT/usr/lib/anchor/acme-challenge"
 ANCHOR_ACME_CHALLENGE=http-01 "$hook" begin http-01 node good good.thumbprint || exit 1
@@ -292,11 +292,11 @@ anchor_acme__responder_end
 
 def test_responder_is_bounded_in_size_and_time(node: Node) -> None:
     text = """
-anchor_acme_timeout=20
+anchor_acme_timeout=20 anchor_acme_challenge=http-01 anchor_acme__hex=0050
 export ANCHOR_ACME_DIR="$ANCHOR_ROOT/run/anchor/acme"
 mkdir -p "$ANCHOR_ACME_DIR"; printf 'HTTP/1.1 200 OK\\r\\n\\r\\ngood.thumbprint' >"$ANCHOR_ACME_DIR/answer"
 anchor_acme__respond_http
-anchor_acme__respond_wait 0050 2 || exit 1
+anchor_acme__responds || exit 1
 for to in TCP4:127.0.0.1:80 'TCP6:[::1]:80'; do
     printf 'GET /.well-known/acme-challenge/good HTTP/1.1\\r\\n\\r\\n' | socat -t 5 - "$to"; echo
 done

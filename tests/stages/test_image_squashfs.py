@@ -115,6 +115,7 @@ def test_image_is_fetched_and_mounted_read_only(shell: Shell, image: Path) -> No
         str(shell.root / "run/anchor/image/image"),
         SHA256,
         "",
+        "memory",
     ]
     assert note(shell, "note-compression") == "zstd"
     assert "vouches" not in done.stderr
@@ -292,7 +293,7 @@ def test_mirrors_and_the_manifest_say_where_the_image_is(shell: Shell, image: Pa
     manifest = {"anchor_manifest_urls": "https://m/1 https://m/2", "anchor_manifest_sha256": "f" * 64}
     run(shell, image, "anchor_squashfs_run", "", anchor_squashfs_url="", anchor_manifest_size="77", **manifest)
     asked = (shell.root / "fetched").read_text().splitlines()
-    assert asked == ["https://m/1 https://m/2", str(shell.root / "run/anchor/image/image"), "f" * 64, "77"]
+    assert asked == ["https://m/1 https://m/2", str(shell.root / "run/anchor/image/image"), "f" * 64, "77", "memory"]
 
 
 def test_an_image_in_place_is_mounted_from_there(shell: Shell, image: Path) -> None:
@@ -345,5 +346,5 @@ def test_an_image_of_an_earlier_try_counts_only_while_it_is_wanted(shell: Shell,
     assert tmpfs.startswith("anchor-image /run/anchor/image tmpfs ro,")
     assert (status, gone) == ("1", "1"), done.stderr
     fetched = (shell.root / "fetched").read_text().splitlines()
-    assert [fetched[n] for n in (2, 6)] == [SHA256, "1" * 64]
-    assert len(fetched) == 8
+    assert [fetched[n] for n in (2, 7)] == [SHA256, "1" * 64]
+    assert len(fetched) == 10

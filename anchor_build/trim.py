@@ -54,7 +54,8 @@ def plan_trim(initramfs: Initramfs, rules: Iterable[Unused], modules: Collection
     }
     while True:
         kept = objects.reached(refused)
-        gone = set(objects.needs) - kept
+        # Not what nothing leads to at all: that came for a reason that is not to be seen here.
+        gone = objects.reached(refused, whole=True) - kept
         if not gone:
             return NOTHING
         opened = objects.opened(kept, gone)
@@ -98,8 +99,11 @@ class _Objects:
             for path, names in self.names.items()
         }
 
-    def reached(self, refused: set[str]) -> set[str]:
-        """Return what is needed: what nothing is linked with, such as programs, what is refused, and what these use."""
+    def reached(self, refused: set[str], *, whole: bool = False) -> set[str]:
+        """Return what is needed: what nothing is linked with, such as programs, what is refused, and what these use.
+
+        With `whole` also what they do not use.
+        """
         linked = set().union(*self.needs.values())
         todo = [path for path in self.members if path not in linked or path in refused]
         kept: set[str] = set()
@@ -109,7 +113,7 @@ class _Objects:
                 continue
             kept.add(path)
             for name, targets in self.links[path].items():
-                if not self._is_unused(path, name):
+                if whole or not self._is_unused(path, name):
                     todo += targets
         return kept
 

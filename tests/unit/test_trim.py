@@ -111,6 +111,17 @@ def test_a_file_with_two_names_stays_as_it_is(curl: Initramfs) -> None:
     assert "libssh2" in names(trimmed)
 
 
+def test_libraries_that_need_each_other_and_that_nothing_leads_to_stay(curl: Initramfs) -> None:
+    """Such as a plugin of two libraries, which a program finds in a directory."""
+    needing = {path: member for path, member in curl.members.items() if "librtmp" in path or "libgnutls" in path}
+    circle = {
+        path: replace(member, content=member.content.replace(b"\0libnettle.so.8\0", b"\0librtmp.so.1\0\0\0"))
+        for path, member in needing.items()
+    }
+    assert any(circle[path] != needing[path] for path in circle)
+    assert plan_trim(Initramfs(circle, "none"), [], ()) == NOTHING
+
+
 def test_an_unknown_processor_keeps_everything(curl: Initramfs) -> None:
     foreign = {
         path: replace(member, content=member.content[:18] + b"\x15\0" + member.content[20:])

@@ -33,6 +33,8 @@ Accel = Literal["auto", "kvm", "tcg"]
 # Enterprise Linux has one QEMU, outside of PATH.
 PROGRAMS = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 EVENTS_PORT = "ttyS1"
+# What ends QEMU for a fault of its own.
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)
 PROBE_LIMIT_S = 2.0  # where KVM works, the probe takes 0.2 s
 
 
@@ -239,8 +241,8 @@ def boot(
     of the result names it. Without `keep` it ends even when this process is killed. `console` is where the
     console's log goes; without it, only a boot that fails or is kept leaves one, in a temporary directory.
 
-    Raises UsageError for a machine that cannot be, AnchorError where QEMU is missing or KVM is demanded and
-    does not work, and BootInterruptedError on Ctrl-C, SIGTERM and SIGHUP.
+    Raises UsageError for a machine that cannot be, AnchorError where QEMU is missing or crashes, or KVM is demanded
+    and does not work, and BootInterruptedError on Ctrl-C, SIGTERM and SIGHUP.
     """
     with _signals_interrupt(), _started(machine, console, tied=not keep) as node:
         result = _watch(node, until, timeout, watcher)
@@ -322,9 +324,16 @@ def _watch(node: _Node, until: Until, timeout: float, watcher: Watcher | None) -
 
     files = (node.console, node.directory / "events", node.directory / "qemu.log")
     try:
-        return complete(observe(node.child.poll, *files, until=until, timeout=timeout, watcher=watcher))
+        result = complete(observe(node.child.poll, *files, until=until, timeout=timeout, watcher=watcher))
     except BootInterruptedError as error:
         raise BootInterruptedError(complete(error.result)) from None
+    status = node.child.poll() or 0
+    if not result.ok and -status in CRASHES:
+        name = signal.Signals(-status).name
+        raise AnchorError(
+            f"QEMU crashed ({name})", f"this is no fault of the node's: boot it again; see {node.console}"
+        )
+    return result
 
 
 def _end(child: subprocess.Popen[str]) -> None:

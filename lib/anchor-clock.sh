@@ -12,7 +12,7 @@ anchor_clock_run() {
     local servers
     anchor_clock__source=rtc
     anchor_clock__step=0
-    anchor_clock__from_rtc || anchor_clock__now=
+    anchor_clock__from_kernel || anchor_clock__now=
     anchor_clock__raise "$anchor_clock__now"
     servers=${anchor_clock_ntp:-}
     if [ -n "$servers" ]; then
@@ -59,22 +59,21 @@ anchor_clock__raise() {
     anchor_info "the clock was $((built - now)) s before the build of this initramfs; raised it to that"
 }
 
-# usage: anchor_clock__from_rtc
-# Sets anchor_clock__now to the seconds of the hardware clock that the kernel set its own from at boot. Needs no program.
-# Status 1 where it did not.
-anchor_clock__from_rtc() {
-    local rtc
-    for rtc in "${ANCHOR_ROOT:-}"/sys/class/rtc/*; do
-        anchor_recall "$rtc/hctosys"
-        [ "$anchor_recall" = 1 ] || continue
-        anchor_recall "$rtc/since_epoch"
-        anchor_clock__now=$anchor_recall
-        case $anchor_clock__now in
-            '' | *[!0-9]*) ;;
-            *) return 0 ;;
-        esac
-    done
-    return 1
+# usage: anchor_clock__from_kernel
+# Sets anchor_clock__now to what the clock is, to a second: when the kernel started by it, and for how long it runs
+# (proc(5)). Needs no program. The hardware's clock may be another: systemd does not believe one that is far ahead.
+# Status 1 where the kernel does not say.
+anchor_clock__from_kernel() {
+    local key='' value=''
+    anchor_clock__now=
+    while read -r key value; do
+        [ "$key" != btime ] || break
+    done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/stat"
+    case $key:$value in
+        btime:*[!0-9]* | btime: | [!b]* | '') return 1 ;;
+    esac
+    anchor_uptime_ms
+    anchor_clock__now=$((value + anchor_uptime_ms / 1000))
 }
 
 # usage: anchor_clock__ask SERVERS

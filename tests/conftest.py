@@ -135,3 +135,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shells = {"bash", "busybox"}.intersection(item.name.partition("[")[2].rstrip("]").split("-"))
         if part in ("stages", "integration") or (part == "shell" and shells):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("boot"):
+            # One in some hundred nodes meets a fault of QEMU 7.2's own, without KVM and with two processors.
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=["QEMU crashed"]))

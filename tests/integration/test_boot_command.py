@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from anchor_build import qemu
-from anchor_build.bootwatch import BootResult, Until
+from anchor_build.bootwatch import BootResult, Until, Watcher
+from anchor_build.errors import AnchorError
 from anchor_build.qemu import Forward, Machine
 from anchor_build.run import which
 from contrib.site.image import CACHE, build_image, login_key
@@ -142,6 +143,20 @@ def test_a_node_that_hangs_meets_the_time_limit(kernel: Path, initrd: Path, tmp_
     assert result.outcome == "timeout"
     assert 8 <= time.monotonic() - started < 40
     assert qemus_using(tmp_path) == []
+
+
+@pytest.mark.flaky(reruns=0)
+def test_a_crash_of_qemu_is_no_fault_of_the_node(kernel: Path, initrd: Path, tmp_path: Path) -> None:
+    console = tmp_path / "console"
+
+    class Crash(Watcher):
+        def tick(self) -> None:
+            for process in qemus_using(console):
+                os.kill(int(process), signal.SIGSEGV)
+
+    machine = Machine(kernel, initrd, "quiet scene=hang", memory="256M")
+    with pytest.raises(AnchorError, match=r"^QEMU crashed \(SIGSEGV\)"):
+        qemu.boot(machine, timeout=60, console=console, watcher=Crash())
 
 
 def test_garbage_does_not_hide_the_report(kernel: Path, initrd: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_pat
         (("--distribution", "debian:bookworm", "--variant", "big"), 2, "is none of extract"),
         (("--distribution", "debian:bookworm", "--package", "vim,-y"), 2, "is not the name of a package"),
         (("--distribution", "debian"), 2, "is not a name and a version"),
-        ((), 2, "one of SOURCE, --from and --distribution"),
+        ((), 2, "one of SOURCE, --from, --at and --distribution"),
     ):
         done = run(*arguments, "-o", out / "node.squashfs")
         assert (done.returncode, words in done.stderr) == (status, True), done.stderr

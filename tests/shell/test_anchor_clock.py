@@ -144,6 +144,27 @@ def test_clock_is_never_lowered(node: Node, ahead: int) -> None:
     assert node.note("number-step_seconds") == "0"
 
 
+@pytest.mark.parametrize("ahead", [-100, 0, 10**9])
+def test_the_clock_is_read_without_a_program(node: Node, ahead: int) -> None:
+    """As the kernel says when it started by it, and for how long it runs; only what is too early is asked for again."""
+    node.clock(BUILT - 5)
+    (node.root / "proc").mkdir()
+    since = int(float(Path("/proc/uptime").read_text().split()[0]))
+    (node.root / "proc/stat").write_text(f"cpu 1 2\nbtime {BUILT + ahead - since}\nprocesses 1\n")
+    done = node.run("anchor_clock_run")
+    assert done.returncode == 0, done.stderr
+    assert node.set_times() == ([f"-u -s @{BUILT}"] if ahead < 0 else [])
+
+
+@pytest.mark.parametrize("text", ["", "cpu 1 2\n", "btime\n", "btime soon\n", "btime 1 2\n"])
+def test_a_kernel_that_does_not_say_the_time_is_no_failure(node: Node, text: str) -> None:
+    node.clock(42)
+    (node.root / "proc").mkdir()
+    (node.root / "proc/stat").write_text(text)
+    assert node.run("anchor_clock_run").returncode == 0
+    assert node.set_times() == [f"-u -s @{BUILT}"]
+
+
 @pytest.mark.parametrize("text", ["", "soon\n", "$(touch pwned)\n", "1e9\n", "-5\n"])
 def test_build_time_that_is_no_number_is_a_warning(node: Node, text: str) -> None:
     node.clock(42)

@@ -40,6 +40,8 @@ def test_what_a_command_or_a_name_writes_can_be_read(archive: Path, command: str
         with pytest.raises(AnchorError, match="lzop: program not found"):
             run(command, archive)
         return
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is missing")
     data = run(command, archive)
     kinds = {"cat": None, "lzop": "lzo"}
     assert compression_of(data) == (command if command == "lzma" else kinds.get(program, program))
@@ -62,6 +64,8 @@ def test_what_a_command_or_a_name_writes_can_be_read(archive: Path, command: str
     ],
 )
 def test_what_a_kernel_could_not_unpack_is_refused(archive: Path, command: str, release: str, said: str) -> None:
+    if command.startswith("lz4") and shutil.which("lz4") is None:
+        pytest.skip("lz4 is missing")
     with pytest.raises(AnchorError) as raised:
         run(command, archive, release)
     assert said in str(raised.value)

@@ -27,7 +27,10 @@ CURL = Unused(
 
 def closure(*programs: str) -> list[Path]:
     """Return the programs of this host with all libraries that the dynamic linker would load."""
-    files = [Path(shutil.which(program) or "") for program in programs]
+    found = {program: shutil.which(program) for program in programs}
+    if None in found.values():
+        pytest.skip(f"{', '.join(program for program, path in found.items() if path is None)} is missing")
+    files = [Path(path) for path in found.values() if path]
     for file in tuple(files):
         text = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
         files += [Path(path) for path in re.findall(r"(/\S+) \(0x", text)]

@@ -132,6 +132,17 @@ def dynamic_symbols(data: bytes) -> list[Symbol] | None:
     return found[1:]
 
 
+def undefined_symbols(data: bytes) -> set[bytes]:
+    """Return the names of the symbols that a program or library cannot start without and has not itself."""
+    # Weak ones (STB_WEAK) may be absent.
+    return {symbol.name for symbol in dynamic_symbols(data) or () if not symbol.defined and symbol.binding != 2}
+
+
+def defined_symbols(data: bytes) -> set[bytes]:
+    """Return the names of the symbols that a program or library offers."""
+    return {symbol.name for symbol in dynamic_symbols(data) or () if symbol.defined}
+
+
 def symbol_versions(data: bytes) -> Versions:
     """Return the versions that a 64-bit little-endian library defines."""
     found: dict[int, bytes] = {}

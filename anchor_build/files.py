@@ -98,12 +98,13 @@ def work_directory(*, plain: bool = False, in_memory: bool = False) -> Iterator[
     place = cache = cache_directory().absolute()
     if plain and not PLAIN_PATH.fullmatch(str(cache)):
         place = Path(tempfile.gettempdir())
-    if in_memory and _has_room(MEMORY):
-        place = MEMORY
     try:
-        place.mkdir(parents=True, exist_ok=True)
         for left in (*cache.glob("build-*"), *MEMORY.glob(f"{WORK_PREFIX}*")):
             _remove_left(left)
+        # logind removes what other users have there when they log out (RemoveIPC, logind.conf(5)).
+        if in_memory and os.geteuid() == 0 and _has_room(MEMORY):
+            place = MEMORY
+        place.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX if place == MEMORY else "build-", dir=place)
         lock = os.open(work.name, os.O_RDONLY)
     except OSError as error:
@@ -134,6 +135,19 @@ def _remove_left(directory: Path) -> None:
             os.close(lock)
 
 
+def _allowed_memory() -> int:
+    """Return the bytes that the control groups of this process leave it; a lot where they set no limit (cgroups(7))."""
+    allowed = 1 << 62
+    with suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text(encoding="ascii").rpartition("0::")[2].strip()
+        places = [Path("/sys/fs/cgroup") / group.lstrip("/")]
+        for place in (*places, *places[0].parents):
+            with suppress(OSError, ValueError):
+                most = int((place / "memory.max").read_text(encoding="ascii"))
+                allowed = min(allowed, most - int((place / "memory.current").read_text(encoding="ascii")))
+    return allowed
+
+
 def _has_room(directory: Path) -> bool:
     """Whether a file system in memory may take ROOM bytes, and run programs: dracut calls one in its work directory."""
     try:
@@ -142,7 +156,7 @@ def _has_room(directory: Path) -> bool:
     except OSError:
         return False
     available = re.search(r"^MemAvailable: *(\d+) kB$", text, re.MULTILINE)
-    room = min(found.f_bavail * found.f_frsize, int(available[1]) * 1024 if available else 0)
+    room = min(found.f_bavail * found.f_frsize, int(available[1]) * 1024 if available else 0, _allowed_memory())
     return os.path.ismount(directory) and not found.f_flag & os.ST_NOEXEC and room >= ROOM
 
 

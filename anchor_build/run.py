@@ -165,6 +165,8 @@ def start(
         ) from None
     except PermissionError:
         raise AnchorError(f"{words[0]}: may not be executed") from None
+    except OSError as error:
+        raise AnchorError(f"{words[0]}: cannot be started: {error.strerror}") from None
     finally:
         if sink is not None:
             sink.close()

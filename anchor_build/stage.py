@@ -36,6 +36,7 @@ MODULE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DRACUT_MODULE = re.compile(r"[a-z0-9][a-z0-9_-]*\??")
 DRIVER = re.compile(r"=?[A-Za-z0-9][A-Za-z0-9_/-]*\??")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+*-]*")
 TARGET = re.compile(r"(/[A-Za-z0-9_][A-Za-z0-9._+-]*)+")
 MODE = re.compile(r"0[0-7]{3}")
@@ -110,12 +111,13 @@ class Unused:
     """Libraries that a program or library, `by`, is linked with or opens, and that no stage makes it use (trim.py).
 
     All are shell patterns for names of files: `libcurl*.so.*`, `librtmp.so.*`. `unless` is a module of dracut, beside
-    which they are used.
+    which they are used; and they are by whatever asks for one of the symbols `used_by`.
     """
 
     by: str
     libraries: tuple[str, ...]
     unless: str = ""
+    used_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -366,6 +368,7 @@ def _read_unused(table: _Table) -> Unused:
         by=table.text("by", FILE_PATTERN, required=True),
         libraries=table.texts("libraries", FILE_PATTERN),
         unless=table.text("unless", MODULE_NAME),
+        used_by=table.texts("used_by", SYMBOL),
     )
     if not unused.libraries:
         table.problem("libraries", "names no library")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from anchor_build.cpio import Initramfs, Member
-from anchor_build.elf import MAGIC, dynamic_symbols, needed_libraries
+from anchor_build.elf import MAGIC, defined_symbols, dynamic_symbols, needed_libraries, undefined_symbols
 from anchor_build.placeholder import placeholder
 from anchor_build.stage import Unused
 
@@ -32,9 +32,9 @@ class Trimmed:
         return before - sum(map(len, self.placeholders.values()))
 
 
-# How a library's name begins in a program's texts, each of which ends with a zero; and all of it.
-LIBRARY_START = b"\0lib"
-LIBRARY = re.compile(rb"\0(lib[A-Za-z0-9._+-]{1,100})\0")
+# A library's name in a program's texts, each of which ends with a zero; it may be the end of another, such as a path.
+LIBRARY = re.compile(rb"lib[A-Za-z0-9._+-]{1,100}(?=\0)")
+OPENS = (b"dlopen\0", b"dlmopen\0", b"dlopen_mode\0")
 
 NOTHING = Trimmed(frozenset(), {})
 
@@ -64,8 +64,11 @@ def plan_trim(initramfs: Initramfs, rules: Iterable[Unused], modules: Collection
         if more := opened | {path for path, content in made.items() if content is None}:
             refused |= more
             continue
-        placeholders = {path: content for path, content in made.items() if content is not None}
         left_out = gone - linked
+        if more := objects.missed(kept, left_out):
+            refused |= more
+            continue
+        placeholders = {path: content for path, content in made.items() if content is not None}
         return Trimmed(frozenset(left_out | objects.links_to(left_out)), placeholders)
 
 
@@ -95,9 +98,16 @@ class _Objects:
         }
         self.needs = {path: set().union(*names.values()) for path, names in self.links.items()}
         self._unused = {
-            path: [pattern for rule in rules if _matches(names, rule.by) for pattern in rule.libraries]
-            for path, names in self.names.items()
+            path: [pattern for rule in rules if self._is_about(rule, path) for pattern in rule.libraries]
+            for path in self.names
         }
+
+    def _is_about(self, rule: Unused, path: str) -> bool:
+        if not any(fnmatchcase(name, rule.by) for name in self.names[path]):
+            return False
+        return not rule.used_by or not undefined_symbols(self.members[path].content).intersection(
+            symbol.encode() for symbol in rule.used_by
+        )
 
     def reached(self, refused: set[str], *, whole: bool = False) -> set[str]:
         """Return what is needed: what nothing is linked with, such as programs, what is refused, and what these use.
@@ -126,9 +136,9 @@ class _Objects:
         found = set()
         for each in kept:
             content = self.members[each].content
-            if b"\0dlopen\0" not in content:
+            if not any(word in content for word in OPENS):
                 continue
-            named = Counter(name for name in _library_names(content) if name in by_name)
+            named = Counter(name for found in LIBRARY.findall(content) if (name := found.decode("ascii")) in by_name)
             for name, times in named.items():
                 # It is there once for the link.
                 if times > (name in self.links[each]) and not self._is_unused(each, name):
@@ -149,19 +159,16 @@ class _Objects:
             asked.update(symbol.name for symbol in symbols)
         return placeholder(names.pop(), self.members[path].content, asked) if len(names) == 1 else None
 
+    def missed(self, kept: set[str], left_out: set[str]) -> set[str]:
+        """Return those of `left_out` that have a symbol for what stays and is linked with them only through others."""
+        offered = {path: defined_symbols(self.members[path].content) for path in left_out}
+        every = set().union(*offered.values())
+        asked = [undefined_symbols(self.members[path].content) & every for path in kept]
+        missing = set().union(*asked)
+        if missing:
+            missing -= set().union(*(defined_symbols(self.members[path].content) for path in kept))
+        return {path for path, symbols in offered.items() if symbols & missing}
+
     def links_to(self, paths: set[str]) -> set[str]:
         """Return the symbolic links that lead to these."""
         return {link for link, target in self._links.items() if target in paths}
-
-
-def _library_names(content: bytes) -> Iterator[str]:
-    """Yield each name of a library that is a text of its own in a program."""
-    place = content.find(LIBRARY_START)
-    while place >= 0:
-        if name := LIBRARY.match(content, place):
-            yield name[1].decode("ascii")
-        place = content.find(LIBRARY_START, place + 1)
-
-
-def _matches(names: Iterable[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)

@@ -120,6 +120,7 @@ anchor_boot_direct() {
 # usage: anchor_boot_run [direct]
 # Runs the steps, with parameters that are right. direct: with the hand-off, because no hook comes after them.
 anchor_boot_run() {
+    local direct="${1:-}"
     anchor_post_open
     anchor_recall "$ANCHOR_RUN/steps/anchor"
     anchor_json "$anchor_recall"
@@ -148,7 +149,7 @@ anchor_boot_run() {
     anchor_boot_set result ok
     anchor_boot_set error ''
     anchor_boot_set hint ''
-    if [ -n "${1:-}" ]; then
+    if [ -n "$direct" ]; then
         anchor_boot_handoff
     else
         anchor_boot_write

@@ -176,7 +176,7 @@ anchor_net__resolver() {
     anchor_net__hosts
     # Nobody reads it before it is there: programs that resolve names come later.
     {
-        for server in $servers; do printf 'nameserver %s\n' "$server" || return 1; done
+        for server in $servers; do printf 'nameserver %s\n' "$server" || break; done
         # shellcheck disable=SC2086 # validated host names, one word each
         [ -z "$anchor_net__hosts" ] || { printf search && printf ' %s' $anchor_net__hosts && printf '\n'; }
     } >"$file.new" && mv -f "$file.new" "$file" && return 0

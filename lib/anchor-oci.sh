@@ -502,6 +502,8 @@ anchor_registry__token() {
     rm -rf "$2" "${2:?}.registry"
     anchor_http_get registry "$query" "$2" "$ANCHOR_OCI_TOKEN_MAX" "${anchor_registry_proxy:-}"
     status=$?
+    # That was another file than the one that is fetched.
+    anchor_fetch_sized=
     token=
     [ "$status" -ne 0 ] || token=$(jq -r -s 'select(length < 2)[0] | objects | .token // .access_token | strings' "$2" 2>/dev/null)
     rm -rf "$2" "${2:?}.registry"

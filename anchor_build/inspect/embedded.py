@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +39,18 @@ def embedded_images(content: bytes) -> tuple[dict[str, dict[str, Any]], str]:
             (work / "layout").rename(work / "index")
             _extract(work, *(f"blobs/sha256/{digest.removeprefix('sha256:')}" for digest in digests))
             found = {}
+            for digest in digests:
+                # To read a pipe or a device would never end.
+                if not stat.S_ISREG((work / "layout/blobs/sha256" / digest.removeprefix("sha256:")).lstat().st_mode):
+                    raise KeyError(digest)
             for entry, digest in zip(entries, digests, strict=True):
                 manifest = read_blob(work / "layout", digest, "")
                 size = sum(int(part["size"]) for part in (manifest["config"], *manifest["layers"]))
+                if not 0 <= size < 1 << 63:
+                    raise ValueError(size)
                 found[str(entry["annotations"][NAME])] = {"digest": digest, "bytes": size}
             return found, ""
-    except (AnchorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+    except (AnchorError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return {}, "its container images cannot be read: what is there is no OCI layout in a squashfs"
 
 

@@ -128,6 +128,9 @@ install_direct() {
     local hook program programs=() own="${dracutsysrootdir-}${systemdsystemunitdir-}" units="$initdir/etc/systemd/system"
     dracut_module_included dracut-systemd || return 0
     install_unit anchor-cards
+    # systemd has services ignore SIGPIPE, and no shell can undo that: a program whose reader has gone would go on.
+    mkdir -p "$units/dracut-pre-mount.service.d" &&
+        printf '[Service]\nIgnoreSIGPIPE=no\n' >"$units/dracut-pre-mount.service.d/anchor-pipe.conf" || exit 1
     # All of them or none: what the first one leaves out, the second one does.
     for hook in cmdline pre-mount pre-pivot; do
         program=$(sed -n 's/^ExecStart=-//p' "$own/dracut-$hook.service" 2>/dev/null) &&
@@ -209,7 +212,7 @@ install_light_services() {
 # what an interface is set up with stays. With them goes a program that udev would start for each network card.
 install_no_sysctl() {
     local rules="${dracutsysrootdir-}${udevdir-}/rules.d/99-systemd.rules"
-    ! grep -rqsE '^[^#;]*net[./]' "$initdir"/{etc,usr/lib,lib}/sysctl.d "$initdir/etc/sysctl.conf" || return 0
+    ! grep -RqsE '^[^#;]*net[./]' "$initdir"/{etc,usr/local/lib,usr/lib,lib}/sysctl.d "$initdir/etc/sysctl.conf" || return 0
     ln -sfn /dev/null "$initdir/etc/systemd/system/systemd-sysctl.service" || exit 1
     [[ -e $rules ]] || return 0
     mkdir -p "$initdir/etc/udev/rules.d" &&

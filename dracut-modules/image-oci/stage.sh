@@ -31,7 +31,11 @@ anchor_oci__run() {
     anchor_registry_password=$anchor_oci_password
     anchor_registry_proxy=$anchor_oci_proxy
     references=$anchor_oci_image
-    [ -z "${anchor_manifest_urls:-}" ] || anchor_oci__named || return 1
+    if [ -n "${anchor_manifest_urls:-}" ]; then
+        anchor_oci__named || return 1
+        # Whoever can write a manifest that nobody signed would choose who gets them.
+        anchor_params_signed || anchor_registry_user='' anchor_registry_password=''
+    fi
     anchor_fetch_mirrors "$references" "$anchor_oci_mirrors"
     references=$anchor_fetch_urls
     # An earlier try left it, complete.
@@ -273,6 +277,8 @@ anchor_oci__convert() {
         anchor_oci__unpack 2>"$dir/unpack.error"
         printf '%s\n' "$?" >"$dir/unpacked"
     } | {
+        # Directories that have no entry count in no line: 64 MiB, and 256 bytes for each entry that there may be.
+        ulimit -v $((65536 + anchor_oci_max_entries / 4)) 2>/dev/null
         # It prints a line for each entry. lz4 takes 1.2 s less of an emulated processor for 94 MB, and half as much memory again.
         timeout "$anchor_fetch_timeout" tar2sqfs -c zstd -X level=1 -j 1 -d "$owner" "$image" 2>"$dir/made.error"
         why=$?
@@ -286,14 +292,19 @@ anchor_oci__convert() {
             "raise rd.anchor.oci.max_entries if the node has the memory for them, or publish the image as squashfs"
         return 1
     fi
-    # Where tar2sqfs gave up, what comes before it ended for that reason (141 is SIGPIPE).
+    # Where tar2sqfs gave up, what comes before it ended for that reason (141 is SIGPIPE, where that is not ignored).
     anchor_recall "$dir/unpacked"
-    if [ "$anchor_recall" != 0 ] && [ "$anchor_recall" != 141 ]; then
-        anchor_recall "$dir/unpack.error"
-        anchor_fail "it cannot be unpacked: ${anchor_recall:-no reason was given}" "does it have the compression that its media type says ($anchor_oci__type)?"
-        return 1
-    fi
-    why=$(sed -n '/^skipping .* (invalid name)$/{s/^skipping //;p;q;}' "$dir/made.error")
+    why=$anchor_recall
+    anchor_recall "$dir/unpack.error"
+    case $why:$anchor_recall in
+        0:* | 141:* | *'roken pipe'*) ;;
+        *)
+            anchor_fail "it cannot be unpacked: ${anchor_recall:-no reason was given}" \
+                "does it have the compression that its media type says ($anchor_oci__type)?"
+            return 1
+            ;;
+    esac
+    why=$(sed -n '/(invalid name)$/{s/^skipping //;p;q;}' "$dir/made.error")
     if [ -n "$why" ]; then
         anchor_fail "it has an entry that leads out of the image: $(printf '%.200s' "$why")" "see what published it"
         return 1
@@ -301,14 +312,14 @@ anchor_oci__convert() {
     anchor_recall "$dir/made"
     [ "$anchor_recall" != 0 ] || return 0
     why=$(sed -n '/^$/d; $p' "$dir/made.error")
-    why=$(printf '%.200s' "${why:-tar2sqfs ended with status $anchor_recall}")
+    why=${why:-tar2sqfs ended with status $anchor_recall}
     case $why in
-        *': File exists') anchor_fail "it has the same file twice: ${why%: File exists}" "see what published it" ;;
-        *'I/O error'* | *'No space left'*)
+        *': File exists') anchor_fail "it has the same file twice: $(printf '%.200s' "${why%: File exists}")" "see what published it" ;;
+        *'I/O error'* | *'No space left'* | *'ut of memory'* | *'annot allocate memory'*)
             anchor_fail "it needs more memory than the node has for it" "give the node more memory, or make the image smaller"
             ;;
         *)
-            anchor_fail "it cannot be made a squashfs: $why" \
+            anchor_fail "it cannot be made a squashfs: $(printf '%.200s' "$why")" \
                 "is it a tar archive as its media type says ($anchor_oci__type), and without hard links out of the layer?"
             ;;
     esac
@@ -441,7 +452,7 @@ anchor_oci__below() {
         path=${anchor_oci__plain%/*}
         [ -d "$path" ] || error=$(mkdir -p "$path" 2>&1) || break
     done <"$4"
-    find "$tree" -mindepth 1 -type d -printf '%P\0' >"$anchor_oci_dir/names"
+    [ -n "$error" ] || error=$(find "$tree" -mindepth 1 -type d -printf '%P\0' 2>&1 >"$anchor_oci_dir/names") || error=${error:-find failed}
     [ -n "$error" ] || anchor_oci__dress "$1" "$3" "$tree" "$anchor_oci_dir/names" || return 1
     [ -n "$error" ] || while IFS= read -r line; do
         anchor_oci__plain "./${line#?}"
@@ -502,7 +513,13 @@ anchor_oci__dress() {
     done <"$known.lines" >"$known"
     if [ -s "$known" ]; then
         error=$(tar -C "$older" --no-recursion --null -T "$known" --numeric-owner --xattrs --xattrs-include='*' -cf - 2>/dev/null |
-            tar -C "$3" --numeric-owner --xattrs --xattrs-include='*' -xpf - 2>&1) || anchor_warn "attributes of directories: $error"
+            tar -C "$3" --numeric-owner --xattrs --xattrs-include='*' -xpf - 2>&1) || {
+            # Without them, a directory would be open to more than it was.
+            [ -z "$2" ] || umount "$older" || umount -l "$older"
+            anchor_fail "directories cannot get the attributes that they have in older layers: $error" \
+                "is there memory left for the image?"
+            return 1
+        }
     fi
     [ -z "$2" ] || umount "$older" || umount -l "$older"
 }

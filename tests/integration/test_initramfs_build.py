@@ -254,6 +254,11 @@ def test_the_last_hook_is_left_out_where_the_steps_handed_off(built: Built) -> N
     assert "anchor-direct.sh pre-pivot " in drop_in
 
 
+def test_a_program_whose_reader_has_gone_ends(built: Built) -> None:
+    text = content(built, "etc/systemd/system/dracut-pre-mount.service.d/anchor-pipe.conf")
+    assert b"IgnoreSIGPIPE=no" in text
+
+
 def test_udev_does_not_wait_for_the_cmdline_hooks(built: Built) -> None:
     unit = content(built, "etc/systemd/system/dracut-pre-udev.service").decode()
     assert "Before=systemd-udevd.service" in unit

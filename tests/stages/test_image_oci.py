@@ -34,7 +34,7 @@ STAGE = TOP / "dracut-modules/image-oci/stage.sh"
 WRONG = "not " + PASSWORD
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SCRIPT = """
-for lib in report mounts memory fetch stream http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report params mounts memory fetch stream http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL
@@ -107,9 +107,16 @@ class Node:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def refused(self, image: str, *messages: str, given: Mapping[str, str] | None = None, **parameters: str) -> str:
+    def refused(
+        self,
+        image: str,
+        *messages: str,
+        setup: str = "",
+        given: Mapping[str, str] | None = None,
+        **parameters: str,
+    ) -> str:
         """Make sure that nothing is mounted, and that the step's error and hint hold all messages."""
-        done = self.run(image, given=given, **parameters)
+        done = self.run(image, setup=setup, given=given, **parameters)
         assert done.returncode == 1, done.stderr
         step = self.shell.root / "run/anchor/steps/10"
         said = (step / "error").read_text() + (step / "hint").read_text()
@@ -419,6 +426,27 @@ def test_a_bomb_of_empty_files_ends_at_their_number(dash: Node, layers: list[Lay
     dash.refused(image, "layer 2 of 2", "more than 500 files and directories", "max_entries", max_entries="500")
 
 
+def test_a_bomb_of_directories_that_have_no_entry_ends_at_their_memory(dash: Node) -> None:
+    bomb = Layer()
+    for number in range(500):
+        bomb.add(f"{number}/{'a/' * 1500}f")
+    push(dash.site.plain, "bad/deep", [bomb])
+    image = f"https://{dash.site.mutual.host}/bad/deep:v1"
+    dash.refused(image, "it needs more memory than the node has for it", max_entries="1000")
+
+
+@pytest.mark.parametrize("pipe", ["", "trap '' PIPE\n"])
+def test_a_file_twice_is_told_as_such(dash: Node, pipe: str) -> None:
+    """Also where nothing ends a program whose reader has gone, as systemd has it."""
+    twice = Layer()
+    for name in ("a", "a"):
+        twice.add(name, os.urandom(1 << 20))
+    for number in range(20):
+        twice.add(str(number), os.urandom(1 << 20))
+    push(dash.site.plain, "bad/twice", [twice])
+    dash.refused(f"https://{dash.site.mutual.host}/bad/twice:v1", "it has the same file twice: a", setup=pipe)
+
+
 def served(layers: list[Layer | bytes], **instead: fake.Fault) -> tuple[fake.Fault, str]:
     """Return a registry that has one image, and the image's digest; `instead`, layer1 and so on, are its faults."""
     tars = [layer.tar if isinstance(layer, Layer) else layer for layer in layers]
@@ -504,6 +532,15 @@ def test_a_manifest_of_anchor_names_the_image_by_its_digest(node: Node, layers: 
     assert "etc/passwd" in json.loads(done.stdout)
     assert node.note("note-digest") == f"sha256:{digest}"
     assert "has no digest" not in done.stderr
+
+
+def test_only_a_signed_manifest_says_who_gets_the_password(dash: Node, layers: list[Layer]) -> None:
+    digest = push(dash.site.plain, "team/named", layers[:1])
+    given = named(f"https://{dash.site.basic.host}/team/named", digest)
+    dash.refused("", "wants a user and a password", given=given, user=USER, password=PASSWORD)
+    (dash.shell.root / "etc/anchor/manifest.pub").write_text("a key")
+    done = dash.run("", given=given, user=USER, password=PASSWORD)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_manifest_of_anchor_does_not_name_is_refused(dash: Node, layers: list[Layer]) -> None:

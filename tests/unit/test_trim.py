@@ -125,6 +125,36 @@ def test_libraries_that_need_each_other_and_that_nothing_leads_to_stay(curl: Ini
     assert plan_trim(Initramfs(circle, "none"), [], ()) == NOTHING
 
 
+def test_what_asks_for_a_symbol_uses_the_library() -> None:
+    both = initramfs(*closure("curl", "chronyd"))
+    rule = Unused("chronyd", ("libgnutls.so.*",), used_by=("gnutls_hash_init", "gnutls_init"))
+    assert "libgnutls" not in names(plan_trim(both, [CURL, rule], ()))
+    assert "libgnutls" in names(plan_trim(both, [CURL, replace(rule, used_by=("no_such_symbol",))], ()))
+
+
+def test_what_is_linked_through_another_library_only_stays(curl: Initramfs) -> None:
+    """A plugin that finds the symbols of a library because its program is linked with it."""
+    path = next(path for path, member in curl.members.items() if "libldap" in path and member.is_file)
+    content = curl.members[path].content
+    assert b"\0libsasl2.so.2\0" in content
+    plugin = replace(
+        curl.members[path], path="usr/lib/plugin.so", content=content.replace(b"sasl2.so.2", b"c.so.6\0\0\0\0")
+    )
+    trimmed = plan_trim(Initramfs({**curl.members, "usr/lib/plugin.so": plugin}, "none"), [CURL], ())
+    assert "libsasl2" not in names(trimmed)
+    assert "librtmp" in names(trimmed)
+    # Without that plugin it goes.
+    assert "libsasl2" in names(plan_trim(curl, [CURL], ()))
+
+
+@pytest.mark.parametrize("text", [b"/usr/lib64/libkrb5.so.3", b"\xfflibkrb5.so.3"])
+def test_a_path_or_the_end_of_another_text_names_a_library_too(curl: Initramfs, text: bytes) -> None:
+    program = "usr/bin/curl"
+    content = curl.members[program].content + b"x_dlopen\0" + text + b"\0"
+    opening = Initramfs({**curl.members, program: replace(curl.members[program], content=content)}, "none")
+    assert "libkrb5" not in names(plan_trim(opening, [CURL], ()))
+
+
 def test_an_unknown_processor_keeps_everything(curl: Initramfs) -> None:
     foreign = {
         path: replace(member, content=member.content[:18] + b"\x15\0" + member.content[20:])

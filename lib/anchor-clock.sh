@@ -70,7 +70,7 @@ anchor_clock__from_kernel() {
         [ "$key" != btime ] || break
     done 2>/dev/null <"${ANCHOR_ROOT:-}/proc/stat"
     case $key:$value in
-        btime:*[!0-9]* | btime: | [!b]* | '') return 1 ;;
+        btime:*[!0-9]* | btime: | [!b]*) return 1 ;;
     esac
     anchor_uptime_ms
     anchor_clock__now=$((value + anchor_uptime_ms / 1000))

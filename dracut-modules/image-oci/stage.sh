@@ -278,6 +278,7 @@ anchor_oci__convert() {
         printf '%s\n' "$?" >"$dir/unpacked"
     } | {
         # Directories that have no entry count in no line: 64 MiB, and 256 bytes for each entry that there may be.
+        # shellcheck disable=SC3045 # dash, bash and busybox sh have it
         ulimit -v $((65536 + anchor_oci_max_entries / 4)) 2>/dev/null
         # It prints a line for each entry. lz4 takes 1.2 s less of an emulated processor for 94 MB, and half as much memory again.
         timeout "$anchor_fetch_timeout" tar2sqfs -c zstd -X level=1 -j 1 -d "$owner" "$image" 2>"$dir/made.error"

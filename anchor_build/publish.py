@@ -387,5 +387,7 @@ def _believed(manifest: Manifest, data: bytes, manifest_file: Path, keys: Sequen
 def _anew(manifest: Manifest, file: Path) -> str:
     """Return the command that makes a manifest anew, without the options for its key and its end."""
     if manifest.image == REGISTRY_STAGE and manifest.mirrors:
-        return f"anchor-build image --at {manifest.mirrors[0].removeprefix('https://')}@sha256:{manifest.sha256}"
+        return (
+            f"anchor-build image --at {manifest.mirrors[0].removeprefix('https://')}@sha256:{manifest.sha256} -o {file}"
+        )
     return f"anchor-build image {str(file).removesuffix(SUFFIX)}"

@@ -158,7 +158,7 @@ anchor_net__routed() {
 # usage: anchor_net__resolver
 # Writes /etc/resolv.conf when it has no name server and somebody knows one. Status 1 when it cannot be written.
 anchor_net__resolver() {
-    local file="${ANCHOR_ROOT:-}/etc/resolv.conf" servers server
+    local file="${ANCHOR_ROOT:-}/etc/resolv.conf" servers word text=''
     anchor_net__found=
     anchor_net__lines "$file" nameserver
     [ -z "$anchor_net__found" ] || return 0
@@ -174,12 +174,14 @@ anchor_net__resolver() {
     anchor_net__known DOMAINS new_domain_search domain-search search
     anchor_net__known DOMAINNAME new_domain_name domain-name ''
     anchor_net__hosts
+    for word in $servers; do text="${text}nameserver $word$anchor_net__newline"; done
+    if [ -n "$anchor_net__hosts" ]; then
+        text="${text}search"
+        for word in $anchor_net__hosts; do text="$text $word"; done
+        text=$text$anchor_net__newline
+    fi
     # Nobody reads it before it is there: programs that resolve names come later.
-    {
-        for server in $servers; do printf 'nameserver %s\n' "$server" || break; done
-        # shellcheck disable=SC2086 # validated host names, one word each
-        [ -z "$anchor_net__hosts" ] || { printf search && printf ' %s' $anchor_net__hosts && printf '\n'; }
-    } >"$file.new" && mv -f "$file.new" "$file" && return 0
+    printf '%s' "$text" >"$file.new" && mv -f "$file.new" "$file" && return 0
     anchor_fail "cannot write /etc/resolv.conf" "is the root file system of the initramfs full?"
     return 1
 }

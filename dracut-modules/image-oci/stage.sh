@@ -494,7 +494,7 @@ anchor_oci__above() {
 # Gives directories of TREE, with a NUL after each name in NAMES, the attributes that they have in STACK. One that is no
 # directory there, and empty, goes: nothing but whiteouts led to it.
 anchor_oci__dress() {
-    local older="$1/older" known="$anchor_oci_dir/known" line path error
+    local older="$1/older" known="$anchor_oci_dir/known" line path error status=0
     if ! error=$({
         mkdir -p "$older" && anchor_oci__lines "$4" "$known.lines" && LC_ALL=C sort -r -o "$known.lines" "$known.lines" &&
             { [ -z "$2" ] || anchor_oci__overlay "$1" "$2" "$older"; }
@@ -516,13 +516,13 @@ anchor_oci__dress() {
         error=$(tar -C "$older" --no-recursion --null -T "$known" --numeric-owner --xattrs --xattrs-include='*' -cf - 2>/dev/null |
             tar -C "$3" --numeric-owner --xattrs --xattrs-include='*' -xpf - 2>&1) || {
             # Without them, a directory would be open to more than it was.
-            [ -z "$2" ] || umount "$older" || umount -l "$older"
             anchor_fail "directories cannot get the attributes that they have in older layers: $error" \
                 "is there memory left for the image?"
-            return 1
+            status=1
         }
     fi
     [ -z "$2" ] || umount "$older" || umount -l "$older"
+    return "$status"
 }
 
 # usage: anchor_oci__directory ROOT PATH

@@ -456,7 +456,7 @@ def test_the_output_is_for_everybody_without_secrets_and_a_stale_installed_modul
     text = "check() { return 0; }\ninstall() { derror STALE; exit 1; }\n"
     argv = with_installed(bench, dict.fromkeys(("50anchor", "99anchor-image-squashfs"), text))
     done = subprocess.run(
-        argv("--auth", "local-file", "--compress", "gzip -1"),
+        argv("--auth", "local-file", "--compress", "gzip -1", "--no-trim"),
         env=bench.environment(PYTHONPATH=f"{TOP}:{installed_package}"),
         capture_output=True,
         text=True,
@@ -468,6 +468,10 @@ def test_the_output_is_for_everybody_without_secrets_and_a_stale_installed_modul
     assert stat.S_IMODE(bench.output.stat().st_mode) == 0o644
     initramfs = read_initramfs(bench.output)
     assert initramfs.compression == "gzip"
+    # With --no-trim every library is the system's own.
+    assert json.loads(bench.output.with_name("node.img.json").read_text(encoding="utf-8"))["left_out"] == []
+    [library] = (path for path in initramfs.members if path.endswith("/librtmp.so.1"))
+    assert initramfs.members[library].content == Path("/", library).read_bytes()
     assert initramfs.resolve("usr/lib/anchor/stages/auth/20-local-file/stage.sh") is not None
     assert "etc/anchor/params" not in initramfs.members
     sizes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("anchor ", "auth-local-file "))]

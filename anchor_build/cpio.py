@@ -18,7 +18,9 @@ from typing import BinaryIO
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.run import run
 
-NEWC_MAGICS = (b"070701", b"070702")
+# The second one has the sum of each content's bytes in its header.
+CRC_MAGIC = b"070702"
+NEWC_MAGICS = (b"070701", CRC_MAGIC)
 HEADER = re.compile(rb"07070[12]([0-9A-Fa-f]{104})")
 HEADER_SIZE = 110
 TRAILER = b"TRAILER!!!"
@@ -155,7 +157,7 @@ def rewrite_archives(file: Path, data: bytes, left_out: Collection[str], content
 
     All else is as it was. None of these may be hard links. `file` is for messages.
     """
-    pieces: list[bytes | memoryview] = []
+    pieces: list[bytes | bytearray | memoryview] = []
     whole, copied, place = memoryview(data), 0, 0
     while data.startswith(NEWC_MAGICS, place):
         for entry in _entries(file, data, place):
@@ -166,9 +168,11 @@ def rewrite_archives(file: Path, data: bytes, left_out: Collection[str], content
             pieces.append(whole[copied : entry.place])
             copied = entry.end
             if replaced is not None:
-                size = b"%08X" % len(replaced)
-                pieces += [whole[entry.place : entry.place + 54], size, whole[entry.place + 62 : entry.start]]
-                pieces += [replaced, bytes(-len(replaced) % 4)]
+                header = bytearray(whole[entry.place : entry.start])
+                header[54:62] = b"%08X" % len(replaced)
+                if header.startswith(CRC_MAGIC):
+                    header[102:110] = b"%08X" % (sum(replaced) & 0xFFFFFFFF)
+                pieces += [header, replaced, bytes(-len(replaced) % 4)]
         while data.startswith(b"\0", place):
             place += 1
     return b"".join([*pieces, whole[copied:]])

@@ -59,6 +59,8 @@ def disk_hint(output: str) -> str:
     """Return what to do about a message of a full or closed disk, and nothing about others."""
     # Programs in Go write them in lower case.
     if re.search(r"no space left on device|disk quota exceeded|out of space", output, re.IGNORECASE):
+        if f"{MEMORY}/" in output:
+            return f"make room in {MEMORY}; a build works there where it has {ROOM >> 30} GiB free, else in the cache"
         return f"make room where the output goes and in the cache, {cache_directory()} (XDG_CACHE_HOME names another)"
     if "Permission denied" in output:
         return "it may need root"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from anchor_build import files
 from anchor_build.errors import AnchorError
-from anchor_build.files import directory_problems, staging, work_directory
+from anchor_build.files import directory_problems, disk_errors, staging, work_directory
 
 
 def test_a_staged_result_stays_and_the_staging_goes(tmp_path: Path) -> None:
@@ -79,6 +80,15 @@ def test_many_small_files_are_in_memory_where_there_is_room(tmp_path: Path, monk
     monkeypatch.setattr(files, "MEMORY", tmp_path)
     with work_directory(in_memory=True) as work:
         assert work.parent == tmp_path / "cache" / "anchor-build"
+
+
+def test_the_full_disk_is_named() -> None:
+    full = os.strerror(errno.ENOSPC)
+    for path in ("/dev/shm/anchor-build-1/tmp", "/home/cache/build-1/tmp"):  # noqa: S108 - only named
+        with pytest.raises(AnchorError) as raised, disk_errors():
+            raise OSError(errno.ENOSPC, full, path)
+        assert raised.value.message == f"{path}: {full}"
+        assert raised.value.hint.startswith("make room in /dev/shm;" if "shm" in path else "make room where the output")
 
 
 def test_what_a_killed_build_left_goes_and_that_of_a_running_one_stays(

@@ -214,4 +214,5 @@ def command(
     rows = [[owner, size / 1e6] for owner, size in report["bytes_by_stage"].items()]
     console.table(["PART", "MB UNPACKED"], rows)
     click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB, sha256 {report['sha256']}")
-    console.info(f"report: {build.report_file}")
+    beside = f"; kernel: {build.kernel_file}" if build.kernel_file else ""
+    console.info(f"report: {build.report_file}{beside}")

@@ -164,8 +164,8 @@ class Receiver(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.fleet = fleet
         self.context = context
+        self.log = log.open("ab", buffering=0)  # first, for a port that is taken closes it
         super().__init__(address, Handler)
-        self.log = log.open("ab", buffering=0)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection without waiting for what its client says."""

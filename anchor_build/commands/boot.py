@@ -132,7 +132,13 @@ class LiveSteps(Watcher):
     metavar="FILE",
     help="Give the node the text of FILE as an SMBIOS OEM string, such as anchor-token=... May be repeated.",
 )
-@click.option("--console", "log", type=OUTPUT, metavar="FILE", help="Where to leave the log of the console.")
+@click.option(
+    "--console",
+    "log",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Where to leave the log of the console. Default: a temporary file, which stays after a failure.",
+)
 @click.option("--boot-json", type=OUTPUT, metavar="FILE", help="Where to leave the node's own boot.json.")
 @click.option("--keep", is_flag=True, help="Leave the node running once it got there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

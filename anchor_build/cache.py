@@ -193,7 +193,11 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def find(key: str) -> Kept | None:
-    """Return the build that is kept under a key if none of its inputs has changed; a damaged entry is removed."""
+    """Return the build that is kept under a key if none of its inputs has changed; a damaged entry is removed.
+
+    Raises UsageError for a size limit that is none, which must not show only after the build.
+    """
+    size_limit()
     path = directory() / key
     try:
         with path.open("rb") as file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -48,6 +50,16 @@ def use_profile(root: click.Context, name: str | None, config: Path | None) -> N
         profile.use(root, command, name, config)
 
 
+class GivenPath(click.Path):
+    """A path that is not empty. A script's unset variable leaves "", which pathlib takes for the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse the empty path; all else is click's business."""
+        if not os.fspath(value):
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands' names and summaries without importing them."""
 
@@ -62,6 +74,11 @@ class LazyGroup(click.Group):
         command = importlib.import_module(f"anchor_build.commands.{cmd_name}").command
         if not isinstance(command, click.Command):
             raise TypeError(f"anchor_build.commands.{cmd_name}.command is not a command")
+        for param in command.params:
+            if type(param.type) is click.Path:
+                given = GivenPath()
+                vars(given).update(vars(param.type))
+                param.type = given
         return command
 
     def resolve_command(
@@ -129,6 +146,10 @@ def cli(ctx: click.Context, verbose: int, quiet: bool, profile: str | None, conf
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet exclude each other.")
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise AnchorError("the working directory is not there any more", "change to one that is") from None
     ctx.obj = Console(-1 if quiet else verbose)
     use_profile(ctx, profile, config)
 
@@ -153,3 +174,10 @@ def main(args: list[str] | None = None, **kwargs: Any) -> None:
     except AnchorError as error:
         console.error(error.message, error.hint)
         sys.exit(error.exit_status)
+    except OSError as error:
+        # A full disk behind standard output; what else it may be is a bug.
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
+        console.error(f"the result cannot be written: {error.strerror}", "make room where standard output goes")
+        sys.exit(1)

@@ -170,7 +170,7 @@ def _archive_kind(what: str, path: Path) -> str:
         return "docker-archive"
     raise AnchorError(
         f"{what}: is no archive of a container image: it has no index.json and no manifest.json",
-        "a tar of a system is unpacked first, and then named with --sysroot DIR",
+        "a tar of a system is none: `initramfs` takes it unpacked, with --sysroot DIR, and `image` as SOURCE",
     )
 
 

@@ -236,5 +236,8 @@ def _join(lines: Iterable[str]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m anchor_build.manpage DIR")
-    for page in write_pages(Path(sys.argv[1])):
-        click.echo(page)
+    try:
+        for page in write_pages(Path(sys.argv[1])):
+            click.echo(page)
+    except OSError as problem:
+        sys.exit(f"error: {problem.filename or sys.argv[1]}: {problem.strerror}")

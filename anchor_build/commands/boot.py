@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from anchor_build.bootwatch import (
 from anchor_build.console import ERASE_LINE, Console
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.events import Begin, Boot, End, Event, Failed, Finished, Ready, SwitchRoot
+from anchor_build.inputs import refuse_overwriting
 from anchor_build.qemu import Accel, Machine, boot, check_machine, choose_accel, parse_forward
 
 # A pause shorter than this between two steps is not worth a line.
@@ -130,7 +132,13 @@ class LiveSteps(Watcher):
     metavar="FILE",
     help="Give the node the text of FILE as an SMBIOS OEM string, such as anchor-token=... May be repeated.",
 )
-@click.option("--console", "log", type=OUTPUT, metavar="FILE", help="Where to leave the log of the console.")
+@click.option(
+    "--console",
+    "log",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Where to leave the log of the console. Default: a temporary file, which stays after a failure.",
+)
 @click.option("--boot-json", type=OUTPUT, metavar="FILE", help="Where to leave the node's own boot.json.")
 @click.option("--keep", is_flag=True, help="Leave the node running once it got there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -169,11 +177,15 @@ def command(
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     if boot_json is not None and until != "multi-user":
         raise UsageError("--boot-json needs --until multi-user", "the node sends its boot.json when it is ready")
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout}: is not a number of seconds")
     if boot_json is not None and not boot_json.parent.is_dir():
         raise UsageError(f"{boot_json.parent}: no such directory")
     forwards = tuple(parse_forward(text) for text in hostfwd)
     machine = Machine(kernel, initrd, " ".join(append), memory, cpus, accel, forwards, hostname, mac, rtc, oem_files)
     check_machine(machine)
+    for option, output in (("--console", log), ("--boot-json", boot_json)):
+        refuse_overwriting(option, filter(None, [output]), (kernel, initrd, *oem_files))
     machine = replace(machine, accel=choose_accel(accel))
     steps = LiveSteps(console, machine.accel)
     got_there = False

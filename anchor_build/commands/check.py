@@ -12,6 +12,7 @@ from anchor_build.options import Choice, json_option, network_options, set_optio
 
 # What the report of an initramfs says.
 IN_REPORT = ("auth", "transport", "image", "settings", "signed", "sysroot", "network", "systemd")
+STDIN_MAX = 1 << 20  # bytes: enough to say that it is too long
 
 
 @click.command(short_help="Check a kernel command line before a node sees it.")
@@ -75,7 +76,7 @@ def command(
         target = planned(plan, baked, signed=signed, sysroot=sysroot, network=network or "", systemd=systemd)
     # A command line is bytes: what is not UTF-8 becomes surrogates, as in arguments (PEP 383).
     if cmdline == ("-",):
-        cmdline = (sys.stdin.buffer.read().decode("utf-8", "surrogateescape").rstrip("\n"),)
+        cmdline = (sys.stdin.buffer.read(STDIN_MAX).decode("utf-8", "surrogateescape").rstrip("\n"),)
     line = " ".join(cmdline)
     keys = {param.key: param for _, param in target.plan.params}
     result = check_command_line(

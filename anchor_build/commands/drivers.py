@@ -67,7 +67,7 @@ def command(
     if not bound:
         raise AnchorError(
             f"no device {f'in {sysfs}' if sysfs else 'of this host'} has a loadable driver",
-            "it holds no copy of a /sys with its directories bus, class, devices and module"
+            "its kernel has all of them built in, or it is no copy of a /sys with bus, class, devices and module"
             if sysfs
             else "its kernel has all of them built in, or it is a container without /sys",
         )

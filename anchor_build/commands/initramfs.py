@@ -153,6 +153,7 @@ def command(
     from anchor_build.container import opened
     from anchor_build.drivers import driver_set
     from anchor_build.embed import resolve
+    from anchor_build.inputs import refuse_overwriting
     from anchor_build.kernel import check_image, find_kernel
     from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile
@@ -201,6 +202,9 @@ def command(
             warnings=tuple(filter(None, (warning, *warnings))),
             tell=lambda line: console.detail(f"  | {line}"),
         )
+        texts = (drivers, container or "", *embed_images, *(text.partition("=@")[2] for text in settings))
+        read = [ca, for_image, found.image, *manifest_keys, *map(Path, filter(None, texts))]
+        refuse_overwriting("--output", (build.output, build.report_file), filter(None, read))
         report = build_initramfs(build, console.step, use_cache=not no_cache)
     for text in report["warnings"]:
         console.warn(text)
@@ -210,4 +214,5 @@ def command(
     rows = [[owner, size / 1e6] for owner, size in report["bytes_by_stage"].items()]
     console.table(["PART", "MB UNPACKED"], rows)
     click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB, sha256 {report['sha256']}")
-    console.info(f"report: {build.report_file}")
+    beside = f"; kernel: {build.kernel_file}" if build.kernel_file else ""
+    console.info(f"report: {build.report_file}{beside}")

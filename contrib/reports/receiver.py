@@ -164,8 +164,8 @@ class Receiver(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.fleet = fleet
         self.context = context
+        self.log = log.open("ab", buffering=0)  # first, for a port that is taken closes it
         super().__init__(address, Handler)
-        self.log = log.open("ab", buffering=0)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection without waiting for what its client says."""
@@ -262,6 +262,8 @@ def tls(certificate: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLC
     """Return the server's side of TLS; with `client_ca`, clients without a certificate of it are turned away."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for path in filter(None, (certificate, key, client_ca)):
+        path.open("rb").close()  # ssl's errors name no file
     context.load_cert_chain(certificate, key)
     if client_ca is not None:
         context.load_verify_locations(client_ca)
@@ -271,7 +273,10 @@ def tls(certificate: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLC
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, or show a table; return the status to exit with."""
-    parser = argparse.ArgumentParser(description="Receive the reports of booting nodes, and say which hangs where.")
+    parser = argparse.ArgumentParser(
+        prog="python3 -m contrib.reports.receiver",
+        description="Receive the reports of booting nodes, and say which hangs where.",
+    )
     parser.add_argument("file", type=Path, help="the events as JSON lines; appended to")
     parser.add_argument("--table", action="store_true", help="show what the file says, and end")
     parser.add_argument("--listen", default="127.0.0.1:8080", metavar="ADDRESS:PORT", help="where to listen")
@@ -282,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     address, _, port = options.listen.rpartition(":")
     if not address or not port.isdecimal() or (options.client_ca and not options.certificate):
         parser.error("--listen is ADDRESS:PORT, and --client-ca needs --certificate")
+    if options.table and not options.file.exists():
+        parser.error(f"{options.file}: no such file")
     try:
         kept = options.file.read_text(encoding="utf-8", errors="replace") if options.file.exists() else ""
         fleet = replay(kept.splitlines())
@@ -299,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             sys.stderr.write(f"listening on {address}:{server.server_address[1]}\n")
             server.serve_forever()
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, OverflowError) as error:  # a port that is none
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     words = parser.parse_args(argv)
     if words.command == "add" and not re.fullmatch(store.NAME, words.name):
         parser.error(f"{words.name!r} is not a host name of up to 64 letters, digits, dots and dashes")
+    if words.command == "add" and not 0 < words.hours < math.inf:
+        parser.error("--hours is more than 0")
     if words.command == "serve" and (words.days < 1 or words.window < 0):
         parser.error("--days is at least 1, and --window not below 0")
     try:

@@ -560,6 +560,15 @@ def test_an_output_that_is_no_plain_file_is_left_alone(bench: Bench) -> None:
     assert "doctor" not in said
 
 
+def test_no_input_is_overwritten(bench: Bench, site_ca: Path) -> None:
+    ca = bench.top / "ca.pem"
+    ca.write_bytes(site_ca.read_bytes())
+    ended = bench.run("--ca", ca, "-o", ca)
+    assert (ended.status, f"--output {ca}: would take the place of {ca}, which is read" in ended.err) == (2, True)
+    assert ca.read_bytes() == site_ca.read_bytes()
+    assert not ca.with_name("ca.pem.json").exists()
+
+
 def breaking_stage(bench: Bench, install: str) -> list[str]:
     """Build with a dracut module that does `install` in the middle of dracut's run, because a stage needs it."""
     text = f"check() {{ return 255; }}\ninstall() {{\n{install}\n}}\n"

@@ -440,8 +440,9 @@ def test_the_command_makes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert known.name == NAME
     assert 3500 < known.expires - time.time() < 3700
     assert [stat.S_IMODE(path.stat().st_mode) for path in (tokens, *tokens.iterdir())] == [0o700, 0o600]
-    with pytest.raises(SystemExit):
-        command.main(["--tokens", str(tokens), "add", "-evil/../name"])
+    for wrong in (["-evil/../name"], [NAME, "--hours", "nan"], [NAME, "--hours", "0"]):
+        with pytest.raises(SystemExit):
+            command.main(["--tokens", str(tokens), "add", *wrong])
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, site: Site, capsys: pytest.CaptureFixture[str]) -> None:

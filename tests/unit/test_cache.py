@@ -200,6 +200,8 @@ def test_the_size_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) ->
     assert size_limit() == 500 << 20
     monkeypatch.setenv(cache.SIZE_VARIABLE, "much")
     with pytest.raises(UsageError, match=f"{cache.SIZE_VARIABLE}=much"):
+        cache.find("key")
+    with pytest.raises(UsageError, match=f"{cache.SIZE_VARIABLE}=much"):
         size_limit()
 
 

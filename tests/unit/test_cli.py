@@ -94,6 +94,38 @@ def test_a_bug_keeps_its_traceback(anchor: Anchor, monkeypatch: pytest.MonkeyPat
         anchor("show", "acme")
 
 
+def test_what_an_unset_variable_leaves_is_no_path(
+    anchor: Anchor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["render", "--image", "squashfs", "-o", ""], ["publish", "", "--to", "."], ["boot", "--kernel", ""]):
+        said = anchor(*words)
+        assert (said.status, said.out) == (2, "")
+        assert "it is empty" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_on_a_full_disk() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        argv = [sys.executable, "-m", "anchor_build", "show", "anchor"]
+        done = subprocess.run(argv, cwd=TOP, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        1,
+        "error: the result cannot be written: No space left on device",
+    )
+
+
+def test_a_directory_that_was_removed_meanwhile(
+    anchor: Anchor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = anchor("image", "tree")
+    assert (said.status, said.problems) == (1, ["the working directory is not there any more"])
+
+
 def test_ctrl_c_exits_130(anchor: Anchor, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

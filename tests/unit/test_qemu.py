@@ -351,6 +351,15 @@ def invoke(machine: Machine, *words: str) -> Result:
     return CliRunner().invoke(cli, [*(["-v"] if "-v" in words else []), *base, *(w for w in words if w != "-v")])
 
 
+def test_the_log_takes_the_place_of_no_input(fake: Fake, machine: Machine) -> None:
+    pid_file = fake("exit 1")
+    before = machine.initrd.read_bytes()
+    done = invoke(machine, "--console", str(machine.initrd))
+    assert isinstance(done.exception, UsageError)
+    assert done.exception.message.startswith(f"--console {machine.initrd}: would take the place of {machine.initrd}")
+    assert (machine.initrd.read_bytes(), pid_file.exists()) == (before, False)
+
+
 def test_verbose_command_shows_the_console_and_the_notes(fake: Fake, machine: Machine) -> None:
     end = '{"event":"end","step":"image","stage":"squashfs","result":"ok","start_ms":1,"duration_ms":2,"bytes":12}'
     fake(f"""printf 'one \\033[31mred\\033[0m\\n' >"$console"; sleep 0.3
@@ -368,6 +377,7 @@ printf '%s\\n' '{end}' '{READY}' >"$events"; exec sleep 60""")
         (("--boot-json", "/nowhere/b.json"), "/nowhere: no such directory"),
         (("--hostfwd", "tcp::1-:1"), "is not a port forward"),
         (("--memory", "lots"), "is not a size"),
+        (("--timeout", "nan"), "--timeout nan: is not a number of seconds"),
     ],
 )
 def test_wrong_usage_is_refused_before_anything_starts(

@@ -181,4 +181,8 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["--listen", "8080", str(tmp_path / "x")])
     assert ended.value.code == 2
     assert main(["--listen", "127.0.0.1:0", "--certificate", str(tmp_path / "gone"), str(tmp_path / "x")]) == 1
-    assert "error: " in capsys.readouterr().err
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+    assert main(["--listen", "127.0.0.1:99999", str(tmp_path / "x")]) == 1
+    with pytest.raises(SystemExit):
+        main(["--table", str(tmp_path / "gone")])
+    assert "gone: no such file" in capsys.readouterr().err

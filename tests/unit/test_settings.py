@@ -87,6 +87,12 @@ def test_everything_wrong_at_once(plan: Plan, tmp_path: Path) -> None:
     ]
 
 
+def test_what_has_no_end_does_not_fill_the_memory(plan: Plan) -> None:
+    assert problems(plan, f"{KEY}=@/dev/zero") == [f"--set {KEY}: /dev/zero: has more than 16 MiB"]
+    with pytest.raises(AnchorError, match="--ca /dev/zero: cannot be read: has more than 16 MiB"):
+        read_ca(Path("/dev/zero"))
+
+
 def test_a_ca_bundle_is_taken_as_it_is(authority: Path) -> None:
     text = b"# the site's CA\n" + authority.read_bytes()
     authority.write_bytes(text)

@@ -316,7 +316,9 @@ rm() {
 @pytest.mark.parametrize("known", [True, False])
 def test_where_memory_is_tight_the_initramfs_gives_up_its_drivers(node: Node, known: bool) -> None:
     memory(node.shell.root, 50 * 1024, initramfs=80 * 1024)
-    transport = '[ "$3" -ge 41943040 ] || { anchor_fetch_too_large 41943040; return; }; head -c 41943040 /dev/zero >>"$2"'
+    transport = (
+        '[ "$3" -ge 41943040 ] || { anchor_fetch_too_large 41943040; return; }; head -c 41943040 /dev/zero >>"$2"'
+    )
     size = 40 << 20 if known else ""
     done = node.fetch(transport, setup=TIGHT, size=size, memory=True, attempts=1, reserve=64 << 20)
     assert done.returncode == 0, done.stderr
@@ -338,7 +340,9 @@ def test_where_memory_is_tight_the_initramfs_gives_up_its_drivers(node: Node, kn
         (40, TIGHT + 'command rm "$ANCHOR_ROOT/etc/initrd-release"', True),  # an installed system
     ],
 )
-def test_drivers_stay_where_giving_them_up_is_of_no_use(dash: Node, mebibytes: int, setup: str, in_memory: bool) -> None:
+def test_drivers_stay_where_giving_them_up_is_of_no_use(
+    dash: Node, mebibytes: int, setup: str, in_memory: bool
+) -> None:
     memory(dash.shell.root, 50 * 1024, initramfs=80 * 1024)
     transport = 'head -c 1048576 /dev/zero >>"$2"'
     done = dash.fetch(transport, setup=setup, size=mebibytes << 20, memory=in_memory, reserve=64 << 20)

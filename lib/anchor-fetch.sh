@@ -25,6 +25,9 @@
 # a local path of the whole file and copies nothing. Statuses 0, 1 and 2 as above.
 
 ANCHOR_FETCH_MAX_WAIT=120
+# Bytes of memory without which the initramfs does not get to switch_root: for what carries and checks the file, and for the
+# mounts. Where less was left, the kernel killed one of them (kernel 6.1, of whose available memory 6 MiB cannot be had).
+ANCHOR_FETCH_WORK=14680064
 
 # usage: anchor_fetch "URL..." DEST [SHA256 [SIZE [memory]]]
 # Downloads the file to DEST, which appears only when it is whole (and its digest is SHA256, and its bytes are SIZE,
@@ -33,7 +36,8 @@ ANCHOR_FETCH_MAX_WAIT=120
 # the download has failed. With SHA256 a change of mirror goes on with what is there, and without it starts from zero.
 # SIZE is compared with the memory before any connection.
 # Works in DEST.fetch, beside it: DEST's directory should be a file system that can hold the file. memory: it may use all of
-# the node's memory, so that only this limits the file, and nobody need ask how much is free in it.
+# the node's memory, so that only this limits the file, and nobody need ask how much is free in it; where the file would
+# not fit, the initramfs makes room (anchor_memory_shed).
 # Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}; attempts is the number of rounds.
 # Notes url (which served the end), attempts, bytes and sha256. Status 0, with anchor_fetch_size set to the bytes, or 1.
 anchor_fetch() {
@@ -180,7 +184,9 @@ anchor_fetch_size() {
 # anchor_fetch_url, and what anchor_fetch set before the attempt. Returns 1.
 anchor_fetch_too_large() {
     local needs='more' fit
+    anchor_fetch_needs=${1:-unknown}
     if [ "$anchor_fetch_max" = "$expected" ]; then
+        anchor_fetch_needs=
         anchor_fail "$anchor_fetch_url is another file: it has ${1:-more} bytes, and should have $expected" \
             "publish the image again, or take this mirror out"
         return 1
@@ -392,7 +398,12 @@ anchor_fetch__attempt() {
             ;;
         2 | 3) anchor_fetch__failed "$status" $((anchor_fetch_size - before)) || return 1 ;;
         *)
-            anchor_fetch__drop
+            if [ -n "$anchor_fetch_needs" ] && anchor_fetch__make_room "$anchor_fetch_needs"; then
+                first=$n
+                queue="$n $queue"
+            else
+                anchor_fetch__drop
+            fi
             # Nothing is known of what it brought, and too much of it may be there.
             [ "$anchor_fetch_size" -eq "$before" ] || anchor_fetch__from_zero || return 1
             ;;
@@ -407,6 +418,7 @@ anchor_fetch__prepare() {
     anchor_fetch_left=$(((deadline - anchor_uptime_ms + 999) / 1000))
     [ "$anchor_fetch_left" -gt 0 ] || anchor_fetch_left=1
     anchor_fetch_verified=
+    anchor_fetch_needs=
     anchor_fetch_error=
     anchor_fetch_hint=
     anchor_fetch_retry_after=
@@ -529,26 +541,19 @@ anchor_fetch__took() {
 # behind it, and what would change them; and anchor_fetch_memory, the bytes that fit into memory. Status 1 when there is
 # no room for the file.
 anchor_fetch__budget() {
-    local key value rest free='' available=''
-    if [ -r "${ANCHOR_ROOT:-}/proc/meminfo" ]; then
-        while read -r key value rest; do
-            [ "$key" != MemAvailable: ] || available=$((value * 1024))
-        done <"${ANCHOR_ROOT:-}/proc/meminfo"
-    fi
-    if [ -n "$unbounded" ] && [ -n "$available" ]; then
-        anchor_fetch_max=$((available + 1))
+    local free=''
+    anchor_fetch_fits
+    if [ -n "$unbounded" ] && [ -n "$anchor_fetch_fits" ]; then
+        anchor_fetch_max=$((anchor_fetch_fits + 1))
     else
         free=$(stat -f -c '%a %S' "$work") || free='0 0'
         anchor_fetch_max=$((${free% *} * ${free#* }))
         anchor_fetch_amount "$anchor_fetch_max"
         anchor_fetch_room="$anchor_fetch_amount free in ${dest%/*}"
     fi
-    if [ -n "$available" ] && [ $((available - anchor_fetch_reserve)) -lt "$anchor_fetch_max" ]; then
-        anchor_fetch_max=$((available - anchor_fetch_reserve))
-        anchor_fetch_amount "$available"
-        anchor_fetch_room="$anchor_fetch_amount of memory available"
-        anchor_fetch_amount "$anchor_fetch_reserve"
-        anchor_fetch_room="$anchor_fetch_room, of which $anchor_fetch_amount stay free"
+    if [ -n "$anchor_fetch_fits" ] && [ "$anchor_fetch_fits" -lt "$anchor_fetch_max" ]; then
+        anchor_fetch_max=$anchor_fetch_fits
+        anchor_fetch_room=$anchor_fetch_fits_why
     fi
     anchor_fetch_memory=$anchor_fetch_max
     anchor_fetch_room_hint="give the node more memory, make the image smaller, or lower rd.anchor.fetch.reserve"
@@ -564,17 +569,82 @@ anchor_fetch__budget() {
         anchor_fetch_room="no manifest is larger"
     fi
     if [ "$anchor_fetch_max" -le 0 ]; then
+        if anchor_fetch__make_room "${expected:-unknown}"; then
+            anchor_fetch__budget
+            return
+        fi
         anchor_fail "no room for $anchor_fetch_url: $anchor_fetch_room" "$anchor_fetch_room_hint"
         return 1
     fi
     [ -n "$expected" ] || return 0
     if [ "$expected" -gt "$anchor_fetch_max" ]; then
+        if anchor_fetch__make_room "$expected"; then
+            anchor_fetch__budget
+            return
+        fi
         anchor_fetch_too_large "$expected"
         return 1
     fi
     anchor_fetch_max=$expected
     anchor_fetch_amount "$expected"
     anchor_fetch_room="the file should have $anchor_fetch_amount"
+}
+
+# usage: anchor_fetch_fits
+# Sets anchor_fetch_fits: how many bytes of memory a file may take now, 0 or less where none; nothing where the kernel does
+# not say what there is. Of what is available now, the rest of the initramfs' work needs some; and once switch_root has
+# emptied the initramfs, the reserve has to be free. Sets also anchor_fetch_fits_why, the numbers behind it,
+# anchor_fetch_fits_later, what the second condition alone would let in, and anchor_fetch_available.
+anchor_fetch_fits() {
+    local key value rest back=0 work=$ANCHOR_FETCH_WORK anchor_fetch_size
+    anchor_fetch_available=
+    anchor_fetch_fits=
+    [ -r "${ANCHOR_ROOT:-}/proc/meminfo" ] || return 0
+    while read -r key value rest; do
+        case $key in
+            MemAvailable:) anchor_fetch_available=$((value * 1024)) ;;
+            # A ramfs cannot be evicted, and the initramfs is one; what else cannot is locked.
+            Unevictable:) back=$((back + value * 1024)) ;;
+            Mlocked:) back=$((back - value * 1024)) ;;
+        esac
+    done <"${ANCHOR_ROOT:-}/proc/meminfo"
+    [ -n "$anchor_fetch_available" ] || return 0
+    # These stay (anchor-embedded.sh).
+    anchor_fetch_size "${ANCHOR_ROOT:-}/etc/anchor/images.squashfs"
+    back=$((back - anchor_fetch_size))
+    [ "$back" -ge 0 ] || back=0
+    # The kernel's own records of a file in memory are 1/448 of it.
+    work=$((work + anchor_fetch_available / 448))
+    [ "$work" -le "$anchor_fetch_reserve" ] || work=$anchor_fetch_reserve
+    anchor_fetch_fits_later=$((anchor_fetch_available + back - anchor_fetch_reserve))
+    anchor_fetch_fits=$((anchor_fetch_available - work))
+    anchor_fetch_amount "$anchor_fetch_available"
+    anchor_fetch_fits_why="$anchor_fetch_amount of memory available"
+    if [ "$anchor_fetch_fits" -lt "$anchor_fetch_fits_later" ]; then
+        anchor_fetch_amount "$work"
+        anchor_fetch_fits_why="$anchor_fetch_fits_why, of which the initramfs needs $anchor_fetch_amount"
+        return 0
+    fi
+    anchor_fetch_fits=$anchor_fetch_fits_later
+    if [ "$back" -gt 0 ]; then
+        anchor_fetch_amount "$back"
+        anchor_fetch_fits_why="$anchor_fetch_fits_why and $anchor_fetch_amount more after switch_root"
+    fi
+    anchor_fetch_amount "$anchor_fetch_reserve"
+    anchor_fetch_fits_why="$anchor_fetch_fits_why, of which $anchor_fetch_amount stay free"
+}
+
+# usage: anchor_fetch__make_room BYTES
+# Whether there is more memory now for a file of BYTES, or of unknown size: the initramfs gave some of its own. It does not
+# where that cannot be enough.
+anchor_fetch__make_room() {
+    local needs="$1"
+    [ -n "$unbounded" ] && command -v anchor_memory_shed >/dev/null || return 1
+    anchor_fetch_fits
+    [ -n "$anchor_fetch_fits" ] && [ "$anchor_fetch_fits" -lt "$anchor_fetch_fits_later" ] || return 1
+    [ "$needs" != unknown ] || needs=0
+    anchor_fetch_size "$file"
+    [ "$needs" -le $((anchor_fetch_fits_later + anchor_fetch_size)) ] && anchor_memory_shed
 }
 
 # usage: anchor_fetch__again IDLE ASKED WHY

@@ -2,17 +2,52 @@
 # The memory that an image takes: a tmpfs of its own at /run/anchor/image, which image stages make, seal and free.
 #
 # Needs anchor-report.sh and anchor-mounts.sh.
-# shellcheck disable=SC2154 # anchor_fetch_reserve is the core's parameter, anchor_recall is set by anchor_recall
+# shellcheck disable=SC2154 # anchor_fetch_reserve and those of others are parameters, anchor_recall is set by anchor_recall
+
+# Bytes that programs need which make an image on the node, beside what the booted system needs.
+ANCHOR_MEMORY_MAKING=25165824
 
 # usage: anchor_memory_available
-# Sets anchor_memory_available: the bytes of memory that an image may use now, which is all but the reserve; never negative.
+# Sets anchor_memory_available: the bytes of memory that an image may use now that is made on the node; never negative.
 anchor_memory_available() {
-    local key value rest
+    local key value rest making=$ANCHOR_MEMORY_MAKING
+    [ "$making" -le "$anchor_fetch_reserve" ] || making=$anchor_fetch_reserve
     anchor_memory_available=0
     while read -r key value rest; do
-        [ "$key" != MemAvailable: ] || anchor_memory_available=$((value * 1024 - anchor_fetch_reserve))
+        [ "$key" != MemAvailable: ] || anchor_memory_available=$((value * 1024 - anchor_fetch_reserve - making))
     done <"${ANCHOR_ROOT:-}/proc/meminfo"
     [ "$anchor_memory_available" -ge 0 ] || anchor_memory_available=0
+}
+
+# usage: anchor_memory_shed
+# Frees what the initramfs itself has in memory and no later step reads: drivers, once those are loaded that the steps need,
+# and firmware. A device that appears now has to wait for the booted system. Status 1 where nothing is left to free. For
+# anchor_fetch, when a file would not fit. Needs anchor-fetch.sh.
+anchor_memory_shed() {
+    local dir stage drivers='' before
+    # What an initramfs has and no installed system.
+    [ -e "${ANCHOR_ROOT:-}/etc/initrd-release" ] || return 1
+    set --
+    for dir in lib/modules lib/firmware usr/lib/modules usr/lib/firmware; do
+        [ ! -d "${ANCHOR_ROOT:-}/$dir" ] || set -- "$@" "${ANCHOR_ROOT:-}/$dir"
+    done
+    [ $# -gt 0 ] || return 1
+    for stage in ${anchor_stages:-}; do
+        case $stage in
+            core_* | transport_* | "image_${anchor_image:-}")
+                "anchor_${stage}_drivers"
+                drivers="$drivers $anchor_drivers"
+                ;;
+        esac
+    done
+    # shellcheck disable=SC2086 # names of drivers, one word each
+    [ -z "$drivers" ] || modprobe -q -a $drivers </dev/null >/dev/null 2>&1
+    anchor_fetch_fits
+    before=$anchor_fetch_available
+    rm -rf "$@" || return 1
+    anchor_fetch_fits
+    anchor_fetch_amount $((anchor_fetch_available - before))
+    anchor_info "memory is tight: the initramfs gave up drivers that are not in use, and firmware ($anchor_fetch_amount)"
 }
 
 # usage: anchor_memory_space DIR SIZE [OPTION,...]

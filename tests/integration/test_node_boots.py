@@ -13,7 +13,7 @@ from tests.integration.conftest import LIMIT_S, WRONG_SHA256, BuildInitramfs, Si
 pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
 
-def test_an_anchor_0_1_5_command_line_boots_in_384_mb(
+def test_an_anchor_0_1_5_command_line_boots_in_256_mb(
     site: Site, build_initramfs: BuildInitramfs, tmp_path: Path
 ) -> None:
     """And newer words beside the older ones: TLS-ALPN, an account that is bound to the site's, an RSA key."""
@@ -37,7 +37,7 @@ def test_an_anchor_0_1_5_command_line_boots_in_384_mb(
             "overlayfs_size=40% overlayfs_write=/etc,/var,/root,/tmp "
             "rd.anchor.acme.challenge=tls-alpn-01 rd.anchor.acme.key_type=rsa-2048"
         )
-        with booted(site, site.machine(initrd, append, memory="384M"), tmp_path) as node:
+        with booted(site, site.machine(initrd, append, memory="256M"), tmp_path) as node:
             assert node.host.mount_point("/").filesystem == "squashfs"
             assert node.host.mount_point("/etc").filesystem == "overlay"
             assert node.host.run("touch /etc/x /var/x /root/x").rc == 0

@@ -55,11 +55,12 @@ class Node(Downloader):
         image: Path | None = None,
         setup: str = "",
         env: Mapping[str, str] | None = None,
+        memory: bool = False,
         **parameters: int,
     ) -> subprocess.CompletedProcess[str]:
         """Download, and make sure that nothing is left running or lying about."""
         environment = {**self.environment(parameters), **(env or {})}
-        arguments = (url, str(image or self.image), sha256, str(size))
+        arguments = (url, str(image or self.image), sha256, str(size), *(["memory"] if memory else []))
         done = self.shell.run(self.script(transport, setup), *arguments, env=environment)
         assert processes_of(self.shell.root) == []
         assert not list(self.image.parent.glob("*.fetch"))
@@ -95,8 +96,12 @@ def prepared(shell: Shell) -> Node:
     return node
 
 
-def memory(root: Path, kib: int) -> None:
-    (root / "proc/meminfo").write_text(f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\n")
+def memory(root: Path, kib: int, initramfs: int = 0) -> None:
+    """Write what the kernel says of memory; `initramfs` is what it cannot evict but for 300 kB that are locked."""
+    (root / "proc/meminfo").write_text(
+        f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\n"
+        f"Unevictable: {initramfs + 300} kB\nMlocked: 300 kB\n"
+    )
 
 
 def digest(data: bytes) -> str:
@@ -261,6 +266,98 @@ def test_without_room_nothing_is_asked_for(node: Node) -> None:
     assert done.returncode == 1
     assert node.calls() == []
     assert "50.0 MiB of memory available, of which 64.0 MiB stay free" in done.stderr
+
+
+def test_what_switch_root_gives_back_counts(node: Node) -> None:
+    memory(node.shell.root, 100 * 1024, initramfs=40 * 1024)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20, size=80 << 20)
+    assert done.returncode == 1
+    assert (
+        "it needs 80.0 MiB, and 76.0 MiB fit (100.0 MiB of memory available and 40.0 MiB more after switch_root, "
+        "of which 64.0 MiB stay free)"
+    ) in done.stderr
+    # The container images of the initramfs are still there afterwards.
+    images = node.shell.root / "etc/anchor/images.squashfs"
+    with images.open("wb") as file:
+        file.truncate(30 << 20)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20, size=80 << 20)
+    assert "and 46.0 MiB fit (100.0 MiB of memory available and 10.0 MiB more" in done.stderr
+
+
+def test_the_rest_of_the_initramfs_needs_memory_too(node: Node) -> None:
+    memory(node.shell.root, 50 * 1024, initramfs=80 * 1024)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20, size=40 << 20)
+    assert done.returncode == 1
+    assert "and 35.8 MiB fit (50.0 MiB of memory available, of which the initramfs needs 14.1 MiB)" in done.stderr
+    # Whoever lowers the reserve to nothing gets all that there is.
+    assert node.fetch('printf hello >>"$2"', reserve=0, size=5, sha256=digest(b"hello")).returncode == 0
+
+
+# An initramfs with drivers and firmware, of which 20 MiB become free.
+TIGHT = """
+. "$LIB/anchor-memory.sh"
+mkdir -p "$ANCHOR_ROOT/usr/lib/modules/6.1/kernel" "$ANCHOR_ROOT/usr/lib/firmware" "$ANCHOR_ROOT/etc"
+ln -sfn usr/lib "$ANCHOR_ROOT/lib"
+: >"$ANCHOR_ROOT/etc/initrd-release"
+anchor_stages='core_anchor auth_acme transport_nfs image_squashfs image_oci' anchor_image=squashfs
+anchor_core_anchor_drivers() { anchor_drivers=overlay; }
+anchor_transport_nfs_drivers() { anchor_drivers='nfs nfsv4'; }
+anchor_image_squashfs_drivers() { anchor_drivers=squashfs; }
+modprobe() { [ -d "$ANCHOR_ROOT/usr/lib/modules/6.1" ] && printf '%s\n' "$*" >>"$ANCHOR_ROOT/loaded"; }
+rm() {
+    command rm "$@" || return 1
+    case $* in
+        *modules*) printf 'MemAvailable: 71680 kB\nUnevictable: 61440 kB\n' >"$ANCHOR_ROOT/proc/meminfo" ;;
+    esac
+}
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_where_memory_is_tight_the_initramfs_gives_up_its_drivers(node: Node, known: bool) -> None:
+    memory(node.shell.root, 50 * 1024, initramfs=80 * 1024)
+    transport = (
+        '[ "$3" -ge 41943040 ] || { anchor_fetch_too_large 41943040; return; }; head -c 41943040 /dev/zero >>"$2"'
+    )
+    size = 40 << 20 if known else ""
+    done = node.fetch(transport, setup=TIGHT, size=size, memory=True, attempts=1, reserve=64 << 20)
+    assert done.returncode == 0, done.stderr
+    assert node.image.stat().st_size == 40 << 20
+    assert "memory is tight: the initramfs gave up drivers that are not in use, and firmware (20.0 MiB)" in done.stderr
+    assert "too large" not in done.stderr
+    assert len(node.calls()) == (1 if known else 2)
+    assert (node.shell.root / "loaded").read_text() == "-q -a overlay nfs nfsv4 squashfs\n"
+    assert not (node.shell.root / "usr/lib/modules").exists()
+    assert not (node.shell.root / "usr/lib/firmware").exists()
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "setup", "in_memory"),
+    [
+        (1, TIGHT, True),  # fits as it is
+        (67, TIGHT, True),  # does not fit without the initramfs either
+        (40, TIGHT, False),  # no image in memory
+        (40, TIGHT + 'command rm "$ANCHOR_ROOT/etc/initrd-release"', True),  # an installed system
+    ],
+)
+def test_drivers_stay_where_giving_them_up_is_of_no_use(
+    dash: Node, mebibytes: int, setup: str, in_memory: bool
+) -> None:
+    memory(dash.shell.root, 50 * 1024, initramfs=80 * 1024)
+    transport = 'head -c 1048576 /dev/zero >>"$2"'
+    done = dash.fetch(transport, setup=setup, size=mebibytes << 20, memory=in_memory, reserve=64 << 20)
+    assert done.returncode == (0 if mebibytes == 1 else 1)
+    assert ("is too large" in done.stderr) == (mebibytes != 1)
+    assert (dash.shell.root / "usr/lib/modules/6.1").is_dir()
+    assert not (dash.shell.root / "loaded").exists()
+
+
+def test_an_image_that_does_not_fit_all_the_same_is_refused(dash: Node) -> None:
+    memory(dash.shell.root, 50 * 1024, initramfs=80 * 1024)
+    done = dash.fetch('anchor_fetch_too_large "$((60 << 20))"', setup=TIGHT, memory=True, reserve=64 << 20)
+    assert done.returncode == 1
+    assert "it needs 60.0 MiB, and 55.8 MiB fit (70.0 MiB of memory available, of which the initramfs" in done.stderr
+    assert len(dash.calls()) == 2
 
 
 # Three mirrors; their transport is asked for $1.

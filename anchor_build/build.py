@@ -11,18 +11,20 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anchor_build import __version__, cache, dracut, embed, readback
+from anchor_build import __version__, cache, dracut, embed, installer, readback
 from anchor_build.compress import choose, compressed
 from anchor_build.console import Step
-from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrite_archives
+from anchor_build.cpio import Initramfs, parse_initramfs, read_initramfs, rewrite_archives, write_archive
 from anchor_build.drivers import DriverSet, Firmware, firmware, wanted_names
 from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
-from anchor_build.files import beside, disk_errors, disk_hint, output_problems, sha256, work_directory
+from anchor_build.files import PLAIN_PATH, beside, disk_errors, disk_hint, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
 from anchor_build.kernel import Kernel
 from anchor_build.network import expected_back_end
@@ -34,7 +36,8 @@ from anchor_build.run import run
 from anchor_build.settings import Setting
 from anchor_build.signing import PublicKey
 from anchor_build.stage import is_promised
-from anchor_build.trim import plan_trim
+from anchor_build.strip import strip
+from anchor_build.trim import Trimmed, plan_trim
 from anchor_build.version import source_date_epoch
 
 # The name of what dracut writes in the work directory: an archive that is not compressed.
@@ -123,25 +126,34 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
             site = _site_files(build)
             site |= {embed.FILE: images} if build.embedded else {}
             request = _prepare(build, installed, modules, site, work)
-        with step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"):
-            _run_dracut(build, installed, request, work)
+        # The digests are taken aside: dracut keeps one core busy.
+        with (
+            step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"),
+            ThreadPoolExecutor(1) as aside,
+        ):
+            inputs = aside.submit(_inputs, build, modules)
+            tree = _run_dracut(build, installed, request, work)
         with step("read it back"):
-            made = read_initramfs(work / ARCHIVE)
-            initramfs, left_out = _trim(build, made, work / ARCHIVE)
+            made = tree or read_initramfs(work / ARCHIVE)
+            stripped = strip(made, build.kernel.root, work)
+            trimmed = _trim(build, made)
+            initramfs = _rewrite(made, tree is not None, trimmed, stripped, work / ARCHIVE)
+            left_out = sorted((*trimmed.left_out, *trimmed.placeholders))
         command = build.compress or choose(build.kernel, build.kernel.root)
         with (
             step("compress and verify it"),
             compressed(command, work / ARCHIVE, partial, build.kernel, work),
         ):
             _verify(build, modules, site, initramfs)
-            contents = _contents(build, installed, modules, request, site, work, initramfs)
+            contents = _contents(build, installed, request, site, work, initramfs)
         data = partial.read_bytes()
         report = {"sha256": sha256(data), "bytes": len(data), "compression": command, **contents}
+        report["inputs"] = inputs.result()
         report |= {"left_out": left_out, "embedded": embedded}
         if warning := embed.size_warning(len(images)):
             report["warnings"].append(warning)
-        if seen is not None and (inputs := seen.finish(made.members)) is not None:
-            cache.keep(key, *inputs, report, data)
+        if seen is not None and (found := seen.finish(made.members)) is not None:
+            cache.keep(key, *found, report, data)
         return _put_in_place(build, partial, report)
 
 
@@ -260,6 +272,11 @@ def _prepare(
     (work / "tmp").mkdir()
     # dracut's own choice may be one that cannot be there without systemd.
     network = build.network or ("" if build.systemd else expected_back_end(installed, systemd=False))
+    install = dracut.BASE / installer.INSTALL
+    helped = root.at(install).is_file() and PLAIN_PATH.fullmatch(str(seen)) is not None
+    if helped:
+        with config.open("a", encoding="utf-8") as file:
+            file.write(installer.prepare(work, seen))
     return dracut.Request(
         kernel=build.kernel,
         modules=dracut.choose_modules(
@@ -270,29 +287,38 @@ def _prepare(
         config=seen / config.name,
         output=seen / ARCHIVE,
         ldd=seen / "ldd" if linker else None,
+        install=seen / "dracut" / installer.INSTALL if helped else None,
+        linker=linker,
     )
 
 
-def _run_dracut(build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path) -> None:
+def _run_dracut(
+    build: InitramfsBuild, installed: dracut.Dracut, request: dracut.Request, work: Path
+) -> Initramfs | None:
+    """Run dracut; return what it made, where that was read already."""
     root = build.kernel.root
     env = {"dracutbasedir": str(request.base), "ANCHOR_ETC": str(request.base.parent / "etc")}
     env |= ENVIRONMENT
     env |= {"DRACUT_LDD": str(request.ldd)} if request.ldd else {}
+    env |= {"DRACUT_INSTALL": str(request.install)} if request.install else {}
     env |= {"SOURCE_DATE_EPOCH": os.environ["SOURCE_DATE_EPOCH"]} if "SOURCE_DATE_EPOCH" in os.environ else {}
     log, output = work / "dracut.log", work / ARCHIVE
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
         argv = enter(root, work, dracut.arguments(installed, request))
-        run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
+        helper = installer.installing(root, work, request.config.parent, request.linker)
+        with helper if request.install else nullcontext(installer.Made()) as made:
+            run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
     except ProcessError as error:
         argv = dracut.arguments(installed, request)
         raise ProcessError(argv, error.status, error.tail, _dracut_hint(error.tail)) from None
     finally:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
             build.tell(line)
-    if not output.is_file() or output.stat().st_size == 0:
+    if made.tree is None and (not output.is_file() or output.stat().st_size == 0):
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise AnchorError(f"dracut ended without an error but wrote nothing\n{tail}")
+    return made.tree
 
 
 def _dracut_hint(output: str) -> str:
@@ -311,16 +337,32 @@ def _dracut_hint(output: str) -> str:
     return "run again with -v to see all that dracut says"
 
 
-def _trim(build: InitramfsBuild, made: Initramfs, archive: Path) -> tuple[Initramfs, list[str]]:
-    """Write an archive anew without the libraries that nothing uses; return what is in it, and the paths of these."""
+def _trim(build: InitramfsBuild, made: Initramfs) -> Trimmed:
+    """Say which libraries nothing uses."""
     rules = [rule for stage in build.plan.all for rule in stage.unused] if build.trim else []
     trimmed = plan_trim(made, rules, readback.included_modules(made))
-    if not trimmed.placeholders:
-        return made, []
-    data = rewrite_archives(archive, archive.read_bytes(), trimmed.left_out, trimmed.placeholders)
-    archive.write_bytes(data)
-    build.tell(f"left out {trimmed.saved(made)} bytes of libraries that nothing uses")
-    return parse_initramfs(archive, data), sorted((*trimmed.left_out, *trimmed.placeholders))
+    if trimmed.placeholders:
+        build.tell(f"left out {trimmed.saved(made)} bytes of libraries that nothing uses")
+    return trimmed
+
+
+def _rewrite(
+    made: Initramfs, from_tree: bool, trimmed: Trimmed, stripped: Mapping[str, bytes], archive: Path
+) -> Initramfs:
+    """Write the archive anew without what is left out, where it is not written yet or changes; return what is in it."""
+    contents = {path: new for path, new in stripped.items() if path not in trimmed.left_out}
+    contents.update(trimmed.placeholders)
+    if not from_tree:
+        if not contents and not trimmed.left_out:
+            return made
+        data = rewrite_archives(archive, archive.read_bytes(), trimmed.left_out, contents)
+        archive.write_bytes(data)
+        return parse_initramfs(archive, data)
+    members = {path: member for path, member in made.members.items() if path not in trimmed.left_out}
+    members |= {path: replace(members[path], size=len(new), content=new) for path, new in contents.items()}
+    with archive.open("wb") as file:
+        write_archive(file, members.values())
+    return Initramfs(members, made.compression, (("none", len(members)),))
 
 
 def _verify(
@@ -338,7 +380,6 @@ def _verify(
 def _contents(
     build: InitramfsBuild,
     installed: dracut.Dracut,
-    modules: tuple[RenderedModule, ...],
     request: dracut.Request,
     site: Mapping[str, bytes],
     work: Path,
@@ -358,7 +399,7 @@ def _contents(
         "manifest_keys": [key.fingerprint for key in build.manifest_keys],
         "manifest_since": build.manifest_since,
         "settings": {setting.param.key: setting.shown for setting in build.settings},
-        "inputs": _inputs(build, modules),
+        "inputs": {},
         "uncompressed_bytes": contents.total,
         "files": contents.files,
         "bytes_by_stage": dict(contents.by_owner),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import os
 import re
 import signal
 import stat
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -43,7 +44,7 @@ class Member:
     """One entry: its path without a leading slash, permission and type bits, size in bytes, content.
 
     Of hard links only one has a size: the bytes are there once. `mtime` is in seconds since the epoch, `links` how many
-    names the file has.
+    names the file has, `inode` (where it was asked for) is the same for all of these.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Member:
     gid: int = 0
     mtime: int = 0
     links: int = 1
+    inode: int = 0
 
     @property
     def is_file(self) -> bool:
@@ -176,6 +178,76 @@ def rewrite_archives(file: Path, data: bytes, left_out: Collection[str], content
         while data.startswith(b"\0", place):
             place += 1
     return b"".join([*pieces, whole[copied:]])
+
+
+def read_tree(directory: Path, names: Iterable[str]) -> Initramfs:
+    """Read the files of a directory that are named, in this order, as an archive of them that is not compressed.
+
+    Each name comes after that of its directory; the directory itself is `.`. Hard links follow each other, the last
+    with the size. Nothing depends on where the files were, such as the numbers of their inodes: `cpio --reproducible`
+    (cpio(1)). Raises ValueError for what is neither a file nor a directory nor a symbolic link, or is not in there.
+    """
+    members: dict[str, Member] = {}
+    numbers: dict[tuple[int, int], int] = {}
+    linked: dict[int, list[Member]] = {}
+    for name in names:
+        path = name.removeprefix("./")
+        above = members.get(path.rpartition("/")[0] or ".")
+        if path != "." and (above is None or not stat.S_ISDIR(above.mode) or path.endswith("/..")):
+            raise ValueError(path)
+        place = os.path.join(directory, path)  # noqa: PTH118 - called for hundreds
+        facts = os.lstat(place)
+        number = numbers.setdefault((facts.st_dev, facts.st_ino), len(numbers))
+        content, links = b"", facts.st_nlink
+        if stat.S_ISREG(facts.st_mode):
+            if number not in linked:
+                with open(place, "rb") as file:  # noqa: PTH123
+                    content = file.read()
+        elif stat.S_ISLNK(facts.st_mode):
+            content = os.fsencode(os.readlink(place))  # noqa: PTH115
+        elif stat.S_ISDIR(facts.st_mode):
+            links = 2  # how many directories are in it, or something else: that depends on the file system
+        else:
+            raise ValueError(place)
+        size, seconds = len(content), int(facts.st_mtime)
+        member = Member(path, facts.st_mode, size, content, facts.st_uid, facts.st_gid, seconds, links, number)
+        if links == 1 or not member.is_file:
+            members[path] = member
+            continue
+        group = linked.setdefault(number, [])
+        group.append(member)
+        if len(group) == links:
+            members |= _hard_links(group)
+    for group in linked.values():
+        members |= _hard_links(group)
+    return Initramfs(members, "none", (("none", len(members)),))
+
+
+def _hard_links(group: Sequence[Member]) -> dict[str, Member]:
+    """Return the names of one file, the first of which has its content, in the order in which cpio writes them."""
+    content = group[0].content
+    *others, last = group
+    members = [*(replace(member, size=0) for member in reversed(others)), replace(last, size=len(content))]
+    return {member.path: replace(member, content=content) for member in members}
+
+
+def write_archive(file: BinaryIO, members: Iterable[Member]) -> None:
+    """Write members that have come from `read_tree` as a newc archive, as cpio(1) does."""
+    for member in members:
+        name = os.fsencode(member.path)
+        file.write(_header(member, len(name)) + name + bytes(1 + -(HEADER_SIZE + len(name) + 1) % 4))
+        if member.size or member.is_link:
+            file.write(member.content)
+            file.write(bytes(-len(member.content) % 4))
+    end = Member(TRAILER.decode(), 0, 0, b"")
+    file.write(_header(end, len(TRAILER)) + TRAILER + bytes(1 + -(HEADER_SIZE + len(TRAILER) + 1) % 4))
+    file.write(bytes(-file.tell() % 512))
+
+
+def _header(member: Member, length: int) -> bytes:
+    fields = (member.inode, member.mode, member.uid, member.gid, member.links, member.mtime, member.size)
+    # The numbers of devices, and a check that this format does not have.
+    return NEWC_MAGICS[0] + b"".join(b"%08X" % number for number in (*fields, 0, 0, 0, 0, length + 1, 0))
 
 
 @dataclass(frozen=True)

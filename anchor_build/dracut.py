@@ -100,6 +100,9 @@ class Request:
     output: Path
     # A program for dracut to use instead of ldd.
     ldd: Path | None = None
+    # And one instead of dracut-install, and the dynamic linker of the system's programs.
+    install: Path | None = None
+    linker: str = ""
 
 
 def misplaced_program(name: str) -> str:
@@ -290,6 +293,7 @@ def arguments(dracut: Dracut, request: Request) -> list[str]:
         "--reproducible",
         "--no-early-microcode",
         "--nofscks",
+        "--nostrip",
         "--conf",
         f"./{request.config.name}",
         "--confdir",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,12 +135,27 @@ def dynamic_symbols(data: bytes) -> list[Symbol] | None:
 def undefined_symbols(data: bytes) -> set[bytes]:
     """Return the names of the symbols that a program or library cannot start without and has not itself."""
     # Weak ones (STB_WEAK) may be absent.
-    return {symbol.name for symbol in dynamic_symbols(data) or () if not symbol.defined and symbol.binding != 2}
+    return _names(data, lambda info, section: not section and info >> 4 != 2)
 
 
 def defined_symbols(data: bytes) -> set[bytes]:
     """Return the names of the symbols that a program or library offers."""
-    return {symbol.name for symbol in dynamic_symbols(data) or () if symbol.defined}
+    return _names(data, lambda info, section: section != 0)
+
+
+def _names(data: bytes, wanted: Callable[[int, int], bool]) -> set[bytes]:
+    """Return the names of the symbols whose st_info and st_shndx are wanted; none where dynamic_symbols knows none."""
+    try:
+        sections = _sections(data)
+        table = next((section for section in sections if section.kind == SHT_DYNSYM), None)
+        if table is None:
+            return set()
+        start = sections[table.link].start
+        rows = list(struct.iter_unpack("<IBBH16x", table.of(data)))[1:]
+        places = [start + name for name, info, _, section in rows if wanted(info, section)]
+        return {data[place : data.index(b"\0", place)] for place in places}
+    except DAMAGED:
+        return set()
 
 
 def symbol_versions(data: bytes) -> Versions:

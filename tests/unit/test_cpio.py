@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from anchor_build.cpio import Initramfs, Member, parse_initramfs, read_initramfs, rewrite_archives
+from anchor_build.cpio import (
+    Initramfs,
+    Member,
+    parse_initramfs,
+    read_initramfs,
+    read_tree,
+    rewrite_archives,
+    write_archive,
+)
 from anchor_build.errors import AnchorError
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -209,3 +221,48 @@ def test_an_archive_is_written_anew_with_less_and_other_content(
     both = rewrite_archives(tmp_path, pack(tree / "etc") + bytes(512) + data, {"usr/bin/tool1", "etc/up"}, contents)
     assert both.endswith(written)
     assert parse_initramfs(tmp_path, both).members["usr/bin/tool3"].content == b"y" * size
+
+
+def names_of(tree: Path) -> list[str]:
+    return [".", *sorted(f"./{path.relative_to(tree)}" for path in tree.rglob("*"))]
+
+
+def test_a_tree_is_written_as_cpio_does(tree: Path) -> None:
+    (tree / "usr/bin/also").hardlink_to(tree / "usr/bin/tool1")
+    (tree / "zz").hardlink_to(tree / "usr/bin/tool1")
+    (tree / "alone").write_bytes(b"has another name elsewhere")
+    (tree.parent / "elsewhere").hardlink_to(tree / "alone")
+    (tree / "empty").touch(0o600)
+    (tree / "empty-too").hardlink_to(tree / "empty")
+    written = io.BytesIO()
+    write_archive(written, read_tree(tree, names_of(tree)).members.values())
+    argv = ["cpio", "-o", "-0", "-H", "newc", "--quiet", "--reproducible"]
+    theirs = subprocess.run(argv, input="\0".join(names_of(tree)).encode(), cwd=tree, capture_output=True, check=True)
+    assert without_links_of_directories(written.getvalue()) == without_links_of_directories(theirs.stdout)
+
+
+def without_links_of_directories(data: bytes) -> bytes:
+    """Return an archive with one number in place of how many directories are in each, which cpio writes before 2.14."""
+    return re.sub(rb"(070701.{8}000041.{18})(........)", rb"\g<1>00000002", data)
+
+
+def test_a_tree_that_was_written_is_what_is_read(tree: Path, tmp_path: Path) -> None:
+    made = read_tree(tree, names_of(tree))
+    with (tmp_path / "archive").open("wb") as file:
+        write_archive(file, made.members.values())
+    read = read_initramfs(tmp_path / "archive")
+    assert {path: replace(member, inode=0) for path, member in made.members.items()} == read.members
+    assert made.archives == read.archives == (("none", len(made.members)),)
+
+
+@pytest.mark.parametrize("name", ["./out/passwd", "../elsewhere", "/etc/passwd", "./etc/..", "./not/there"])
+def test_only_what_is_in_the_tree_is_read(tree: Path, name: str) -> None:
+    (tree / "out").symlink_to("/etc")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        read_tree(tree, [".", "./etc", "./out", name])
+
+
+def test_a_device_is_left_to_cpio(tree: Path) -> None:
+    os.mkfifo(tree / "pipe")
+    with pytest.raises(ValueError, match="pipe"):
+        read_tree(tree, [".", "./pipe"])

@@ -16,7 +16,7 @@ from anchor_build.registry import load_registry
 from anchor_build.render import render_plan, write_modules
 from tests.conftest import SITE_STAGES, TOP
 
-SHELL_TREES = ("lib", "dracut-modules", "contrib", "tests/fixtures", ".ci")
+SHELL_TREES = ("anchor_build", "lib", "dracut-modules", "contrib", "tests/fixtures", ".ci")
 LIMIT_S = 200
 Lint = Callable[..., None]
 

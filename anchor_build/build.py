@@ -116,6 +116,7 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
             return _put_in_place(build, file, kept.report)
     installed = dracut.find_dracut(build.kernel.root)
     _check_host(build, installed)
+    compression = choose(build.compress, build.kernel)
     seen = Observation(build) if use_cache else None
     modules = render_plan(build.plan)
     # Images would be there three times over.
@@ -139,15 +140,14 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
             trimmed = _trim(build, made)
             initramfs = _rewrite(made, tree is not None, trimmed, stripped, work / ARCHIVE)
             left_out = sorted((*trimmed.left_out, *trimmed.placeholders))
-        command = build.compress or choose(build.kernel, build.kernel.root)
         with (
             step("compress and verify it"),
-            compressed(command, work / ARCHIVE, partial, build.kernel, work),
+            compressed(compression, work / ARCHIVE, partial, build.kernel, work),
         ):
             _verify(build, modules, site, initramfs)
             contents = _contents(build, installed, request, site, work, initramfs)
         data = partial.read_bytes()
-        report = {"sha256": sha256(data), "bytes": len(data), "compression": command, **contents}
+        report = {"sha256": sha256(data), "bytes": len(data), "compression": compression.command, **contents}
         report["inputs"] = inputs.result()
         report |= {"left_out": left_out, "embedded": embedded}
         if warning := embed.size_warning(len(images)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def archive(tmp_path: Path) -> Path:
 def run(command: str, archive: Path, release: str = "6.1.0") -> bytes:
     """Compress; return what was written."""
     work = archive.parent
-    with compress.compressed(command, archive, work / "out", Kernel(release, work), work):
+    kernel = Kernel(release, work)
+    with compress.compressed(compress.choose(command, kernel), archive, work / "out", kernel, work):
         pass
     return (work / "out").read_bytes()
 
@@ -53,7 +55,7 @@ def test_what_a_command_or_a_name_writes_can_be_read(archive: Path, command: str
     ("command", "release", "said"),
     [
         ("false", "6.1.0", "false exited with status 1"),
-        ("no-such-program -9", "6.1.0", "no-such-program: program not found"),
+        ("no-such-program -9", "6.1.0", "--compress 'no-such-program -9': no-such-program: program not found"),
         ("zstd 'a", "6.1.0", '--compress "zstd \'a": No closing quotation'),
         (" ", "6.1.0", "--compress ' ': names no program"),
         ("echo nothing", "6.1.0", "--compress 'echo nothing' wrote nothing that a kernel could unpack"),
@@ -72,13 +74,38 @@ def test_what_a_kernel_could_not_unpack_is_refused(archive: Path, command: str, 
 
 
 def test_a_failure_beside_it_ends_it(archive: Path) -> None:
+    kernel = Kernel("6.1.0", archive)
+    slow = compress.choose("sleep 60", kernel)
     with (
         pytest.raises(KeyboardInterrupt),
-        compress.compressed("sleep 60", archive, archive.parent / "out", Kernel("6.1.0", archive), archive.parent),
+        compress.compressed(slow, archive, archive.parent / "out", kernel, archive.parent),
     ):
         raise KeyboardInterrupt
 
 
 def test_gzip_where_the_kernel_cannot_unpack_zstd(tmp_path: Path) -> None:
-    assert compress.choose(Kernel("6.1.0", tmp_path)).startswith("zstd ")
-    assert compress.choose(Kernel("4.18.0-80.el8", tmp_path)).split()[0] in ("gzip", "pigz")
+    assert compress.choose(None, Kernel("6.1.0", tmp_path)).command.startswith("zstd ")
+    assert compress.choose(None, Kernel("4.18.0-80.el8", tmp_path)).words[0] in ("gzip", "pigz")
+
+
+def test_a_program_by_its_path(archive: Path) -> None:
+    zstd = shutil.which("zstd")
+    assert zstd is not None
+    assert compression_of(run(f"{zstd} -q", archive)) == "zstd"
+    for path in ("bin/zstd", str(archive), "/"):
+        with pytest.raises(AnchorError, match="program not found"):
+            run(path, archive)
+
+
+def test_nobody_is_told_of_an_option_that_nobody_gave(archive: Path) -> None:
+    kernel = Kernel("6.1.0", archive.parent)
+    for command, said in (("cat", "zstd wrote nothing"), ("false", "false exited")):
+        chosen = replace(compress.choose(None, kernel), words=(command,))
+        (archive.parent / "empty").touch()
+        with (
+            pytest.raises(AnchorError) as raised,
+            compress.compressed(chosen, archive.parent / "empty", archive.parent / "out", kernel, archive.parent),
+        ):
+            pass
+        assert said.partition(" ")[2] in raised.value.message
+        assert "--compress" not in raised.value.message + raised.value.hint

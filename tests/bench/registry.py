@@ -41,7 +41,7 @@ STAGES = ("oci", "buildah")
 BOOT_LIMIT_S = 600.0
 SMALL_LIMIT_S = 200.0
 # MB, between which the least memory is looked for, around the peak with 2 GB: each boot may take minutes.
-MEMORY_RANGE = {"oci": (320, 576), "buildah": (640, 896)}
+MEMORY_RANGE = {"oci": (192, 448), "buildah": (512, 1024)}
 NAME = "nodes/site"
 # Each layer has the directories that lead to its files, as an engine writes them.
 LAYERS = (

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from anchor_build import __version__
-from anchor_build.console import Console
+from anchor_build.console import Console, Events
 from anchor_build.errors import AnchorError
 
 # name -> the line that `anchor-build --help` shows; the command itself is anchor_build.commands.<name>.command.
@@ -95,18 +95,48 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; say where an option belongs that is this group's and was given to the command."""
+        ended: dict[str, str] | None = {"error": "this is a bug: see the traceback", "hint": ""}
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            ended = None
+            return result
+        except AnchorError as error:
+            ended = {"error": error.message, "hint": error.hint}
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            ended = {"error": "interrupted", "hint": ""}
+            raise
+        except click.exceptions.Exit as exit_:
+            ended = {"error": f"exit status {exit_.exit_code}", "hint": ""} if exit_.exit_code else None
+            raise
         except click.NoSuchOption as error:
             if any(error.option_name in param.opts for param in self.params):
                 text = f"{error.option_name} goes before the command: anchor-build {error.option_name} ..."
+                ended = {"error": text, "hint": ""}
                 raise click.UsageError(text, error.ctx) from None
+            ended = {"error": error.format_message(), "hint": ""}
             raise
+        except click.ClickException as error:
+            ended = {"error": error.format_message(), "hint": ""}
+            raise
+        finally:
+            if isinstance(ctx.obj, Console):
+                ctx.obj.event("failed" if ended else "done", **(ended or {}))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands with their summaries from COMMANDS."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def open_events(ctx: click.Context, path: Path | None) -> Events | None:
+    """Open what --events names, to add to it until the context ends; raises UsageError."""
+    if path is None:
+        return None
+    try:
+        return Events(ctx.with_resource(path.open("ab", buffering=0)))
+    except OSError as error:
+        raise click.UsageError(f"--events {path}: {error.strerror}.") from None
 
 
 @click.group(
@@ -116,6 +146,12 @@ class LazyGroup(click.Group):
 )
 @click.option("-v", "--verbose", count=True, help="Show what the programs that are run print.")
 @click.option("-q", "--quiet", is_flag=True, help="Show errors and warnings only.")
+@click.option(
+    "--events",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add what is being done to FILE, a JSON object on each line, while it goes on: /dev/fd/3, a pipe or a file.",
+)
 @click.option(
     "--profile",
     metavar="NAME",
@@ -134,7 +170,9 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", prog_name="anchor-build")
 @click.pass_context
-def cli(ctx: click.Context, verbose: int, quiet: bool, profile: str | None, config: Path | None) -> None:
+def cli(
+    ctx: click.Context, verbose: int, quiet: bool, events: Path | None, profile: str | None, config: Path | None
+) -> None:
     """Build small, verified initramfs images for nodes without a disk.
 
     \b
@@ -150,7 +188,7 @@ def cli(ctx: click.Context, verbose: int, quiet: bool, profile: str | None, conf
         Path.cwd()
     except FileNotFoundError:
         raise AnchorError("the working directory is not there any more", "change to one that is") from None
-    ctx.obj = Console(-1 if quiet else verbose)
+    ctx.obj = Console(-1 if quiet else verbose, open_events(ctx, events))
     use_profile(ctx, profile, config)
 
 

@@ -8,9 +8,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from io import BytesIO, RawIOBase
 from typing import Any, Protocol
 
 import click
@@ -18,8 +19,51 @@ import click
 TICK_S = 0.2
 # Where no line can be rewritten, as in a pipeline's log, there is a new one so often: some end what is silent.
 LINE_S = 15.0
+# Between two events of progress.
+EVENT_S = 1.0
 ELLIPSIS = "\u2026"
 ERASE_LINE = "\r\033[K"
+
+
+class Progress(str):
+    """How far a step is: a text for people, and `numbers` for machines, such as bytes and total_bytes."""
+
+    __slots__ = ("numbers",)
+    numbers: Mapping[str, int]
+
+    def __new__(cls, text: str, **numbers: int) -> Progress:
+        """Make a text that has these numbers."""
+        made = super().__new__(cls, text)
+        made.numbers = numbers
+        return made
+
+
+class Events:
+    """What a command does as JSON lines for a machine, in the words of a node's events (events.py).
+
+    Each line has `event` and `at_ms` (milliseconds since the command began), and may have `step`, its title:
+    `begin`, `progress` (`text`, and `bytes`, `total_bytes`, `parts` and `total_parts` where they are known), `end`
+    (`result`, ok or failed, and `duration_ms`), `warning` (`text`), and last `failed` (`error` and `hint`) or `done`.
+    """
+
+    def __init__(self, file: RawIOBase | BytesIO) -> None:
+        """Take a file without a buffer: what cannot be written must not be tried once more at the end."""
+        self._file: RawIOBase | BytesIO | None = file
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def write(self, event: str, **fields: object) -> str:
+        """Write an event; return why that failed, once: whoever reads may go, and the work goes on without."""
+        at_ms = int((time.monotonic() - self._started) * 1000)
+        with self._lock:
+            try:
+                if self._file is not None:
+                    line = json.dumps({"event": event, "at_ms": at_ms, **fields}) + "\n"
+                    self._file.write(line.encode("ascii"))
+            except OSError as error:
+                self._file = None
+                return str(error.strerror)
+        return ""
 
 
 class Step(Protocol):
@@ -31,9 +75,13 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Console:
-    """How much to say: `verbosity` is -1 (errors and warnings only), 0, or 1 and more (what children print)."""
+    """How much to say: `verbosity` is -1 (errors and warnings only), 0, or 1 and more (what children print).
+
+    `events` gets the same for a machine, whatever is said.
+    """
 
     verbosity: int = 0
+    events: Events | None = None
 
     @property
     def live(self) -> bool:
@@ -45,18 +93,26 @@ class Console:
         """Show `title`, its elapsed time and `progress` while it runs, and how it ended."""
         started = time.monotonic()
         done = threading.Event()
-        ticker = threading.Thread(target=self._tick, args=(title, started, done, progress), daemon=True)
+        threads = []
         if self.live or (progress and self.verbosity >= 0):
-            ticker.start()
+            threads.append(threading.Thread(target=self._tick, args=(title, started, done, progress), daemon=True))
+        if self.events and progress:
+            threads.append(threading.Thread(target=self._tell, args=(title, done, progress), daemon=True))
+        self.event("begin", step=title)
+        for thread in threads:
+            thread.start()
         mark, colour = "failed", "red"
         try:
             yield
             mark, colour = "done", "green"
         finally:
             done.set()
-            if ticker.ident is not None:
-                ticker.join()
-            elapsed = f"{time.monotonic() - started:.1f} s"
+            for thread in threads:
+                thread.join()
+            seconds = time.monotonic() - started
+            result = "ok" if mark == "done" else "failed"
+            self.event("end", step=title, result=result, duration_ms=int(seconds * 1000))
+            elapsed = f"{seconds:.1f} s"
             if self.verbosity >= 0 or mark == "failed":
                 start = ERASE_LINE if self.live else ""
                 self._say(f"{start}{self.paint(f'{mark:>6}', colour)}  {title}  {self.paint(elapsed, 'bright_black')}")
@@ -71,6 +127,19 @@ class Console:
             line = f"   ...  {title if len(title) <= room else title[: max(room - 1, 0)] + ELLIPSIS}{rest}"
             click.echo(f"{ERASE_LINE}{line}" if live else line, nl=not live, err=True)
 
+    def _tell(self, title: str, done: threading.Event, progress: Callable[[], str]) -> None:
+        before = ""
+        while not done.wait(EVENT_S):
+            far = progress()
+            if far and far != before:
+                self.event("progress", step=title, text=far, **(far.numbers if isinstance(far, Progress) else {}))
+            before = far
+
+    def event(self, event: str, **fields: object) -> None:
+        """Tell a machine, where one is to be told; see Events."""
+        if self.events is not None and (why := self.events.write(event, **fields)):
+            self._say(f"{self.paint('warning:', 'yellow')} no further events (--events): {why}")
+
     def info(self, text: str) -> None:
         """Say something that only matters to a person watching."""
         if self.verbosity >= 0:
@@ -83,6 +152,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Say something that did not stop the work but should be looked at."""
+        self.event("warning", text=text)
         self._say(f"{self.paint('warning:', 'yellow')} {text}")
 
     def error(self, message: str, hint: str = "") -> None:

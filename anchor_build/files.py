@@ -229,20 +229,23 @@ def put_in_place(partial: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def output_problems(output: Path, *others: Path) -> list[str]:
-    """Return why a file, and others beside it, could not be put in place; nothing when they could."""
+def output_problems(output: Path, *others: Path, option: str = "--output ") -> list[str]:
+    """Return why a file, and others beside it, could not be put in place; nothing when they could.
+
+    `option` stands before the file's name: what the user gave it with, and nothing where no option gave it.
+    """
     problems = []
     directory = output.parent
     if not directory.is_dir():
-        problems.append(f"--output {output}: {directory} is not a directory")
+        problems.append(f"{option}{output}: {directory} is not a directory")
     elif not os.access(directory, os.W_OK):
-        problems.append(f"--output {output}: {directory} may not be written")
+        problems.append(f"{option}{output}: {directory} may not be written")
     if output.exists() and not output.is_file():
-        problems.append(f"--output {output}: is there and not a plain file")
+        problems.append(f"{option}{output}: is there and not a plain file")
     for other in others:
         what = "report" if other.suffix == ".json" else "manifest"
         if other.exists() and not other.is_file():
-            problems.append(f"--output {output}: its {what} {other} is there and not a plain file")
+            problems.append(f"{option}{output}: its {what} {other} is there and not a plain file")
     return problems
 
 

@@ -23,17 +23,22 @@ from anchor_build.signing import SigningKey, open_key, sign_text, trust_warnings
 
 @dataclass(frozen=True)
 class Signing:
-    """Where a manifest goes, the private key that signs it (empty for none), and its end, in seconds from now."""
+    """Where a manifest goes, the private key that signs it (empty for none), and its end, in seconds from now.
+
+    `option` is what the user named the output with, for messages; empty where its name follows from another.
+    """
 
     output: Path
     key: str = ""
     pass_file: Path | None = None
     valid_for: int | None = None
+    option: str = "--output "
 
     def open(self) -> SigningKey | None:
         """Try the key, before there is work that would be lost; raises AnchorError as open_key does."""
-        if problems := output_problems(self.output):
-            raise AnchorError("\n".join(problems))
+        if problems := output_problems(self.output, option=self.option):
+            hint = "" if self.option else "the manifest goes beside the image: put that where you may write"
+            raise AnchorError("\n".join(problems), hint)
         return open_key(self.key, self.pass_file) if self.key else None
 
 

@@ -140,6 +140,18 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
+def valid_seconds(text: str | None) -> int | None:
+    """Return what --valid-for says in seconds, of which a manifest has at least 60; nothing where it was not given."""
+    from anchor_build.paramtypes import InvalidValueError, check_value
+
+    if text is None:
+        return None
+    try:
+        return int(check_value("duration", text, {"min": 60}))
+    except InvalidValueError as error:
+        raise click.UsageError(f"--valid-for {text}: {error}.") from None
+
+
 def registry_of(stage_dir: Sequence[Path]) -> Registry:
     """Load the stages that the options give access to."""
     return load_registry(tuple(stage_dir))

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anchor_build.console import Progress
+
 COMPLETE = re.compile(r"[0-9a-f]{64}")
 
 
-def far(done: int, total: int, finished: int, count: int, unit: str) -> str:
-    """Return bytes and blobs for people; a `total` of 0 is one that nobody knows."""
+def far(done: int, total: int, finished: int, count: int, unit: str) -> Progress:
+    """Return bytes and blobs for people and machines; a `total` of 0 is one that nobody knows."""
     if not total:
-        return f"{done / 1e6:.1f} MB"
-    done, finished = min(done, total), min(finished + 1, count)
-    share = 100 * done // total
-    return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB ({share} %), {unit} {finished} of {count}"
+        return Progress(f"{done / 1e6:.1f} MB", bytes=done)
+    done, part = min(done, total), min(finished + 1, count)
+    text = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB ({100 * done // total} %), {unit} {part} of {count}"
+    return Progress(text, bytes=done, total_bytes=total, parts=min(finished, count), total_parts=count)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.oci import Access
-from anchor_build.options import json_option, registry_options
+from anchor_build.options import json_option, registry_options, valid_seconds
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -124,13 +124,10 @@ def command(
         raise click.UsageError(f"--variant {variant}: is none of {', '.join(VARIANTS)}.")
     if sign_pass_file is not None and not sign_key:
         raise click.UsageError("--sign-pass-file belongs to --sign-key.")
-    seconds = None
+    seconds = valid_seconds(valid_for)
     try:
         for url in (*urls, *peers):
             check_value("url", url, {})
-        if valid_for is not None:
-            url = valid_for
-            seconds = int(check_value("duration", valid_for, {"min": 60}))
     except InvalidValueError as error:
         raise click.UsageError(f"{url}: {error}.") from None
     if named is not None:

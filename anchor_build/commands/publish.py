@@ -8,7 +8,7 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.oci import Access
-from anchor_build.options import json_option, registry_options
+from anchor_build.options import json_option, registry_options, valid_seconds
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -93,7 +93,6 @@ def command(
     """  # noqa: D301
     from anchor_build.manifest import SUFFIX
     from anchor_build.manifest_oci import Signing
-    from anchor_build.paramtypes import InvalidValueError, check_value
     from anchor_build.publish import find_target, publish
     from anchor_build.publish_oci import Push, is_registry, parse_annotations, parse_target, publish_oci
     from anchor_build.signing import read_public_keys
@@ -105,12 +104,8 @@ def command(
             raise click.UsageError("--kernel and --platform belong to --initramfs.")
         if not sign_key and (sign_pass_file or valid_for):
             raise click.UsageError("--sign-pass-file and --valid-for belong to --sign-key.")
-        seconds = None
-        try:
-            seconds = int(check_value("duration", valid_for, {"min": 60})) if valid_for else None
-        except InvalidValueError as error:
-            raise click.UsageError(f"{valid_for}: {error}.") from None
-        signing = Signing(image.with_name(f"{image.name}.oci{SUFFIX}"), sign_key, sign_pass_file, seconds)
+        beside = image.with_name(f"{image.name}.oci{SUFFIX}")
+        signing = Signing(beside, sign_key, sign_pass_file, valid_seconds(valid_for), option="")
         keys, target = read_public_keys(manifest_keys), parse_target(to)
         said = parse_annotations(annotations)
         push = Push(image, target, keys, initramfs, kernel, platform, said, access, signing if sign_key else None)

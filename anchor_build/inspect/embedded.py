@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +17,9 @@ from anchor_build.run import run, which
 
 LIMIT_S = 60
 IMAGES_MAX = 1000
+MODE = re.compile(r"[a-zA-Z-][rwxsStTl-]{9} ")  # how unsquashfs begins the line of an entry
+LEADING = ("", "blobs", "blobs/sha256")  # the directories that it lists, too
+BATCH = 8  # manifests that are unpacked at a time, each of DOCUMENT_MAX bytes at most
 
 
 def embedded_images(content: bytes) -> tuple[dict[str, dict[str, Any]], str]:
@@ -37,25 +42,42 @@ def embedded_images(content: bytes) -> tuple[dict[str, dict[str, Any]], str]:
             if not all(DIGEST.fullmatch(digest) for digest in digests):
                 raise KeyError("digest")
             (work / "layout").rename(work / "index")
-            _extract(work, *(f"blobs/sha256/{digest.removeprefix('sha256:')}" for digest in digests))
-            found = {}
-            for digest in digests:
-                # To read a pipe or a device would never end.
-                if not stat.S_ISREG((work / "layout/blobs/sha256" / digest.removeprefix("sha256:")).lstat().st_mode):
-                    raise KeyError(digest)
-            for entry, digest in zip(entries, digests, strict=True):
-                manifest = read_blob(work / "layout", digest, "")
-                size = sum(int(part["size"]) for part in (manifest["config"], *manifest["layers"]))
-                if not 0 <= size < 1 << 63:
-                    raise ValueError(size)
-                found[str(entry["annotations"][NAME])] = {"digest": digest, "bytes": size}
+            found: dict[str, dict[str, Any]] = {}
+            for start in range(0, len(entries), BATCH):
+                found |= _manifests(work, entries[start : start + BATCH])
             return found, ""
     except (AnchorError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return {}, "its container images cannot be read: what is there is no OCI layout in a squashfs"
 
 
+def _manifests(work: Path, entries: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Return what the manifests of these entries of the index say; what was unpacked for that is gone then."""
+    names = [str(entry["digest"]).removeprefix("sha256:") for entry in entries]
+    _extract(work, *(f"blobs/sha256/{name}" for name in names))
+    found = {}
+    for entry, name in zip(entries, names, strict=True):
+        # To read a pipe or a device would never end.
+        if not stat.S_ISREG((work / "layout/blobs/sha256" / name).lstat().st_mode):
+            raise KeyError(name)
+        manifest = read_blob(work / "layout", entry["digest"], "")
+        size = sum(int(part["size"]) for part in (manifest["config"], *manifest["layers"]))
+        if not 0 <= size < 1 << 63:
+            raise ValueError(size)
+        found[str(entry["annotations"][NAME])] = {"digest": str(entry["digest"]), "bytes": size}
+    shutil.rmtree(work / "layout")
+    return found
+
+
 def _extract(work: Path, *names: str) -> None:
-    """Take files out of the squashfs into work/layout, bounded: whoever made it may have meant harm."""
+    """Take files out of the squashfs into work/layout, bounded: whoever made it may have meant harm.
+
+    Each has DOCUMENT_MAX bytes at most, and there are no more of them than `names`: what has such a name could be a
+    directory of many.
+    """
+    run(["unsquashfs", "-lls", "images", *names], cwd=work, log=work / "list", timeout=LIMIT_S, file_limit=DOCUMENT_MAX)
+    listed = (work / "list").read_text(encoding="utf-8", errors="replace").splitlines()
+    if sum(bool(MODE.match(line)) for line in listed) > len(names) + len(LEADING):
+        raise AnchorError("it has more files than it should have")
     argv: Sequence[str] = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-dest", "layout", "images", *names]
     try:
         run(argv, cwd=work, timeout=LIMIT_S, file_limit=DOCUMENT_MAX)

@@ -179,6 +179,7 @@ def main(arguments: list[str]) -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="build.sh bench disk", description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="installs of each kind")
+    parser.add_argument("--only", action="append", metavar="ROW", help="this row of the table only, such as zstd")
     parser.add_argument("--node", action="store_true", help="let a QEMU node write the image, too")
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
@@ -196,8 +197,13 @@ def main(arguments: list[str]) -> None:
         for rate, speed in ((0, ""), (RATE, ", 2.5 Gbit/s")):
             store = stack.enter_context(servers.nginx(work / f"nginx{rate}", root=work / "www", leaf=leaf, rate=rate))
             for packed in files if options.runs else []:
+                row = f"{packed.kind}{speed}"
+                if options.only and row not in options.only:
+                    continue
                 url = f"http://127.0.0.1:{store.http_port}/{packed.file.name}"
-                rows.append([f"{packed.kind}{speed}", *measure(work, packed, url, raw, options.runs)])
+                rows.append([row, *measure(work, packed, url, raw, options.runs)])
+                # What an interrupted run has is not lost.
+                print(*rows[-1], sep="  ", file=sys.stderr)  # noqa: T201 - progress
         sizes = ", ".join(f"{packed.kind} {packed.file.stat().st_size / 1e6:.0f} MB" for packed in files)
         print(f"image: {SIZE / 1e6:.0f} MB; {sizes}")  # noqa: T201 - the result
         head = ["", "curl | unpack | dd, s", "stage, s", "rate", "with read-back, s", "rate"]

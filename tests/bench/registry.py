@@ -23,11 +23,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from anchor_build import qemu
 from anchor_build.bootwatch import BootResult
-from anchor_build.console import Console, format_table
+from anchor_build.console import Console, Step, format_table
 from anchor_build.errors import AnchorError
 from anchor_build.events import End
 from anchor_build.run import run
@@ -38,6 +39,9 @@ from tests.stages.oci_image import push
 TOP = Path(__file__).resolve().parents[2]
 STAGES = ("oci", "buildah")
 BOOT_LIMIT_S = 600.0
+SMALL_LIMIT_S = 200.0
+# MB, between which the least memory is looked for, around the peak with 2 GB: each boot may take minutes.
+MEMORY_RANGE = {"oci": (192, 448), "buildah": (512, 1024)}
 NAME = "nodes/site"
 # Each layer has the directories that lead to its files, as an engine writes them.
 LAYERS = (
@@ -162,17 +166,23 @@ def memory_used(log: Path) -> tuple[float, float]:
     return used[0], max(used)
 
 
-def least_memory(machine: qemu.Machine, megabytes: tuple[int, int], log: Path) -> int:
-    """Return the least memory in MB, to 32, with which the node comes to switch_root, between the two given ones."""
+def least_memory(machine: qemu.Machine, megabytes: tuple[int, int], log: Path, step: Step) -> int | None:
+    """Return the least memory in MB, to 32, between the two given ones, with which the node comes to switch_root.
+
+    Nothing where it never does. A node that has too little may work without end: each has SMALL_LIMIT_S.
+    """
     low, high = (size // 32 for size in megabytes)
+    enough = None
     while low < high:
         middle = (low + high) // 2
-        small = qemu.Machine(machine.kernel, machine.initrd, machine.append, memory=f"{middle * 32}M", accel="tcg")
-        if qemu.boot(small, until="switch-root", timeout=BOOT_LIMIT_S, console=log).ok:
-            high = middle
+        small = replace(machine, memory=f"{middle * 32}M")
+        with step(f"boot with {small.memory}"):
+            result = qemu.boot(small, until="switch-root", timeout=SMALL_LIMIT_S, console=log)
+        if result.ok:
+            high, enough = middle, middle * 32
         else:
             low = middle + 1
-    return high * 32
+    return enough
 
 
 def spread(values: list[float]) -> str:
@@ -182,6 +192,8 @@ def spread(values: list[float]) -> str:
 
 def ratio(values: dict[str, list[float]]) -> str:
     """Return the spread of oci's values to buildah's of the same round."""
+    if len(values) < len(STAGES):
+        return ""
     pairs = zip(values["oci"], values["buildah"], strict=True)
     found = [ours / theirs for ours, theirs in pairs]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
@@ -204,6 +216,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runs", type=int, default=3, help="boots of each stage, in turn")
     parser.add_argument("--node-memory", default="2G", help="the nodes' memory")
     parser.add_argument("--memory", action="store_true", help="also look for the least memory that boots")
+    parser.add_argument("--only", choices=STAGES, help="with this stage only, as for --runs 0 --memory")
     parser.add_argument("--output", type=Path, default=Path("out/bench-registry.json"), help="where the figures go")
     options = parser.parse_args(arguments)
     for program in ("docker-registry", "buildah"):
@@ -226,12 +239,13 @@ def main(arguments: list[str]) -> None:
         (probe / "stage.toml").write_text(PROBE_TOML)
         (probe / "stage.sh").write_text(PROBE_SH)
         machines, sizes = {}, {}
+        stages = (options.only,) if options.only else STAGES
         path = f"{NAME}@sha256:{digest}"
         parameters = {
             "oci": {"image": f"https://HOST:{server.port}/{path}"},
             "buildah": {"registry": f"https://HOST:{server.port}", "image": path},
         }
-        for name in STAGES:
+        for name in stages:
             with console.step(f"build {name}"):
                 sizes[name] = build(name, site, work).stat().st_size / 1e6
                 initrd = build(name, site, work, "--stage-dir", str(probe), "--auth", "probe")
@@ -262,17 +276,14 @@ def main(arguments: list[str]) -> None:
             # What an interrupted run has is not lost.
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps({"sizes": sizes, "figures": figures}) + "\n", encoding="utf-8")
-        rows = [
-            ["initramfs MB", *(f"{sizes[name]:.1f}" for name in STAGES), f"{sizes['oci'] - sizes['buildah']:+.1f} MB"]
-        ]
+        less = "" if options.only else f"{sizes['oci'] - sizes['buildah']:+.1f} MB"
+        rows = [["initramfs MB", *(f"{sizes[name]:.1f}" for name in stages), less]]
         for what, values in figures.items():
-            rows.append([what, *(spread(values[name]) for name in STAGES), ratio(values)])
+            rows.append([what, *(spread(values[name]) for name in stages), ratio(values)])
         if options.memory:
-            least = {}
-            for name, machine in machines.items():
-                with console.step(f"least memory: {name}"):
-                    least[name] = least_memory(machine, (256, 2048), log)
-            rows.append(["least memory MB", *map(str, least.values()), f"{least['oci'] / least['buildah']:.2f}"])
+            least = [least_memory(machines[name], MEMORY_RANGE[name], log, console.step) for name in stages]
+            share = f"{least[0] / least[1]:.2f}" if len(least) > 1 and least[0] and least[1] else ""
+            rows.append(["least memory MB", *map(str, least), share])
     megabytes = ", ".join(f"{unpacked / 1e6:.0f} MB ({size / 1e6:.0f} MB gzip)" for unpacked, size in layers)
     print(f"layers: {megabytes}")  # noqa: T201 - the result
-    print(format_table(["median (least to most)", *STAGES, "oci / buildah"], rows))  # noqa: T201 - the result
+    print(format_table(["median (least to most)", *stages, "oci / buildah"], rows))  # noqa: T201 - the result

@@ -76,6 +76,22 @@ def test_wrong_usage_exits_2(anchor: Anchor, words: list[str], message: str) -> 
     assert "Traceback" not in said.err
 
 
+def test_events_end_with_how_the_command_did(anchor: Anchor, tmp_path: Path) -> None:
+    file = tmp_path / "events"
+
+    def last(*words: str) -> dict[str, object]:
+        anchor("--events", str(file), *words)
+        return dict(json.loads(file.read_text().splitlines()[-1]))
+
+    assert last("stages", "--json")["event"] == "done"
+    failed = last("show", "acne")
+    assert (failed["event"], failed["error"], failed["hint"]) == ("failed", "acne: no such stage", "did you mean acme?")
+    assert last("check")["error"] == "Missing argument 'CMDLINE...'."
+    assert len(file.read_text().splitlines()) == 3
+    said = anchor("--events", str(tmp_path / "no/such"), "stages")
+    assert (said.status, said.out) == (2, "") and "--events" in said.err and "No such file" in said.err
+
+
 def test_an_expected_failure_exits_1_without_a_traceback(anchor: Anchor, tmp_path: Path) -> None:
     said = anchor("initramfs", "--image", "squashfs", "--kernel", "/no/such/kernel", "-o", str(tmp_path / "x"))
     assert (said.status, said.out) == (1, "")

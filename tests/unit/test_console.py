@@ -6,10 +6,11 @@ import io
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from anchor_build.console import Console, format_table
+from anchor_build.console import Console, Events, Progress, format_table
 
 
 class Terminal(io.StringIO):
@@ -99,6 +100,44 @@ def test_where_no_line_can_be_rewritten_there_is_a_new_one_now_and_then(
     with Console(-1).step("fetch", lambda: "unseen"):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
+
+
+def test_events_are_lines_of_json_whatever_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("anchor_build.console.EVENT_S", 0.01)
+    file = io.BytesIO()
+    console = Console(-1, Events(file))
+    with console.step("fetch", lambda: Progress("1.0 of 2.0 MB", bytes=1_000_000, total_bytes=2_000_000)):
+        deadline = time.monotonic() + 5
+        while b"progress" not in file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    with pytest.raises(ValueError, match="cold"), console.step("boil water"):
+        raise ValueError("cold")
+    console.warn("look")
+    events = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [event.pop("at_ms") >= 0 for event in events] == [True] * len(events)
+    assert events.pop(2).pop("duration_ms") >= 0
+    assert [{key: event[key] for key in event if key != "duration_ms"} for event in events] == [
+        {"event": "begin", "step": "fetch"},
+        {
+            "event": "progress",
+            "step": "fetch",
+            "text": "1.0 of 2.0 MB",
+            "bytes": 1_000_000,
+            "total_bytes": 2_000_000,
+        },
+        {"event": "begin", "step": "boil water"},
+        {"event": "end", "step": "boil water", "result": "failed"},
+        {"event": "warning", "text": "look"},
+    ]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reader_of_events_may_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("ab", buffering=0) as file, Console(-1, Events(file)).step("boil water"):
+        pass
+    assert capsys.readouterr().err == "warning: no further events (--events): No space left on device\n"
 
 
 @pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])

@@ -12,7 +12,8 @@ import pytest
 
 from anchor_build import files
 from anchor_build.errors import AnchorError
-from anchor_build.files import directory_problems, disk_errors, staging, work_directory
+from anchor_build.files import directory_problems, disk_errors, output_problems, staging, work_directory
+from anchor_build.manifest_oci import Signing
 
 
 def test_a_staged_result_stays_and_the_staging_goes(tmp_path: Path) -> None:
@@ -54,6 +55,17 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path, monkeypatc
     # root, who runs the tests in a pipeline, may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert directory_problems(tmp_path / "out") == [f"--out {tmp_path}/out: {tmp_path} may not be written"]
+
+
+def test_an_output_that_no_option_named_is_called_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    output = tmp_path / "node.squashfs.oci.manifest"
+    assert output_problems(output, option="") == [f"{output}: {tmp_path} may not be written"]
+    assert output_problems(output) == [f"--output {output}: {tmp_path} may not be written"]
+    signing = Signing(output, option="")
+    with pytest.raises(AnchorError, match="may not be written") as caught:
+        signing.open()
+    assert "--output" not in caught.value.message and "beside the image" in caught.value.hint
 
 
 def test_work_that_macros_look_at_is_done_in_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

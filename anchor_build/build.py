@@ -166,6 +166,7 @@ def _check_output(build: InitramfsBuild) -> None:
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
     problems: list[str] = []
+    unknown: list[str] = []
     where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"
     absent = () if build.systemd else ("systemd",)
     for stage in build.plan.all:
@@ -190,9 +191,12 @@ def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     wanted += [("--add-drivers", driver) for driver in build.drivers]
     for owner, driver in wanted:
         if is_promised(driver) and driver.replace("-", "_") not in known:
-            problems.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
-    if problems:
-        raise AnchorError("\n".join(problems), "`anchor-build doctor` shows what this host lacks" if not where else "")
+            unknown.append(f"{owner}: kernel {build.kernel.release} has no driver {driver}")
+    hint = "is the name right? With ? at its end, a driver is left out where a kernel has none" if unknown else ""
+    if problems and not where:
+        hint = "`anchor-build doctor` shows what this host lacks"
+    if problems := [*problems, *unknown]:
+        raise AnchorError("\n".join(problems), hint)
 
 
 def build_time(build: InitramfsBuild) -> int:

@@ -10,11 +10,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.errors import AnchorError, ProcessError, UsageError
 
 # What is done with macros and unquoted shell text, as by rpmbuild, does not survive other characters in a path.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")
@@ -29,6 +29,8 @@ UNLOCKED_S = 60
 MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of our own in it
 ROOM = 2 << 30
 WORK_PREFIX = "anchor-build-"
+# Bytes of a text that a user names, such as a key or a parameter's value: the largest bundles of CAs have 1 MB.
+TEXT_MAX = 16 << 20
 
 
 def cache_directory() -> Path:
@@ -40,6 +42,15 @@ def cache_directory() -> Path:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 as hexadecimal text."""
     return hashlib.sha256(data).hexdigest()
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return what is in a file; /dev/zero and the like must not fill the memory. Raises OSError."""
+    with path.open("rb") as file:
+        data = file.read(TEXT_MAX + 1)
+    if len(data) > TEXT_MAX:
+        raise OSError(errno.EFBIG, f"has more than {TEXT_MAX >> 20} MiB", str(path))
+    return data
 
 
 def file_digest(path: Path) -> str:
@@ -255,3 +266,14 @@ def directory_problems(output: Path) -> list[str]:
     if not nearest.is_dir():
         return [f"--out {output}: {nearest} is not a directory"]
     return [] if os.access(nearest, os.W_OK | os.X_OK) else [f"--out {output}: {nearest} may not be written"]
+
+
+def refuse_overwriting(option: str, outputs: Iterable[Path], read: Iterable[Path]) -> None:
+    """Raise UsageError where a result would take the place of a file that the same command reads."""
+    given = [path for path in read if path.exists()]
+    for output in outputs:
+        for path in given if output.exists() else ():
+            if output.samefile(path):
+                raise UsageError(
+                    f"{option} {output}: would take the place of {path}, which is read", "name another file"
+                )

@@ -27,6 +27,7 @@ from anchor_build.files import (
     file_digest,
     output_problems,
     put_in_place,
+    refuse_overwriting,
     work_directory,
 )
 from anchor_build.manifest import RELEASE, SUFFIX, Manifest, manifest_text, read_manifest
@@ -125,13 +126,15 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
     with disk_errors(), disk_hints(), ExitStack() as stack:
         kind = _source_kind(build)
         _check_host(build, kind)
+        in_place = kind == "image" and build.source is not None and build.output.resolve() == build.source.resolve()
+        _check_inputs(build, in_place=in_place)
         epoch = source_date_epoch()
         # What is wrong with the key is said before the work, and a passphrase asked for while somebody is there.
         key = open_key(build.sign_key, build.sign_pass_file) if build.sign_key else None
         work = stack.enter_context(work_directory())
         facts: dict[str, Any] = {"source": kind, "warnings": []}
         finished: list[tuple[Path, Path]] = []
-        if kind == "image" and build.source and build.output.resolve() == build.source.resolve():
+        if in_place and build.source:
             image = build.source
         else:
             image = stack.enter_context(beside(build.output))
@@ -158,6 +161,15 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
         for partial, target in finished:
             put_in_place(partial, target)
     return report
+
+
+def _check_inputs(build: ImageBuild, *, in_place: bool) -> None:
+    """Refuse to write over what is read; only an image that stays where it is gets a new manifest in its place."""
+    given = [build.sign_pass_file, build.distribution.key if build.distribution else None]
+    given += [Path(build.sign_key)] if build.sign_key else []
+    if build.source is not None and not in_place:
+        given += [build.source, build.source.with_name(build.source.name + SUFFIX)]
+    refuse_overwriting("--output", (build.output, build.manifest_file, build.report_file), filter(None, given))
 
 
 def _source_kind(build: ImageBuild) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from anchor_build import __version__, cache
 from anchor_build.dracut import BASE
-from anchor_build.errors import UsageError
 from anchor_build.registry import data_directory
 from anchor_build.root import PROGRAM_PATH, Root
 
@@ -174,14 +173,3 @@ class Observation:
             return None
         rest = {path: text for path, text in found.items() if path not in self.known}
         return inputs, found, self.known | cache.digests(rest, more.files)
-
-
-def refuse_overwriting(option: str, outputs: Iterable[Path], read: Iterable[Path]) -> None:
-    """Raise UsageError where a result would take the place of a file that the same command reads."""
-    given = [path for path in read if path.exists()]
-    for output in outputs:
-        for path in given if output.exists() else ():
-            if output.samefile(path):
-                raise UsageError(
-                    f"{option} {output}: would take the place of {path}, which is read", "name another file"
-                )

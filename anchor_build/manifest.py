@@ -169,9 +169,10 @@ def read_manifest(path: Path) -> tuple[Manifest, bytes]:
             data = file.read(MAX_BYTES + 1)
         return parse_manifest(data), data
     except OSError as error:
-        raise AnchorError(f"{path}: {error.strerror}") from None
+        problem = str(error.strerror)
     except AnchorError as error:
-        raise AnchorError(f"{path}: {error.message}", "`anchor-build image` makes manifests") from None
+        problem = error.message
+    raise AnchorError(f"{path}: {problem}", "`anchor-build image` makes manifests") from None
 
 
 def read_since(text: str) -> int:

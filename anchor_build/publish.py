@@ -216,8 +216,12 @@ def find_target(to: str, *, endpoint: str = "", region: str = "", ca: Path | Non
     environment's AWS_... variables and ~/.aws/credentials. Raises UsageError and AnchorError.
     """
     if not to.startswith("s3://"):
+        if not to:
+            raise UsageError("--to: is empty")
         if "://" in to:
-            raise UsageError(f"--to {to}: is neither s3://BUCKET/PREFIX nor a directory")
+            raise UsageError(f"--to {to}: is neither a directory nor s3://BUCKET/PREFIX nor oci://REGISTRY/NAME:TAG")
+        if endpoint or region or ca:
+            raise UsageError("--endpoint, --region and --ca belong to s3://")
         if not Path(to).is_dir():
             raise AnchorError(f"--to {to}: is not a directory", "make it first")
         return Directory(Path(to))
@@ -225,7 +229,8 @@ def find_target(to: str, *, endpoint: str = "", region: str = "", ca: Path | Non
     if match is None:
         raise UsageError(
             f"--to {to}: is not s3://BUCKET/PREFIX",
-            "a prefix has letters, digits, dots, dashes, underscores and slashes",
+            "a bucket's name has 3 to 63 lower-case letters, digits, dots and dashes; a prefix letters, digits, dots,"
+            " dashes, underscores and slashes",
         )
     bucket, prefix = match[1], (match[2] or "").strip("/")
     env = os.environ

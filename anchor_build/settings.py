@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import ssl
 from collections.abc import Sequence
@@ -11,12 +10,11 @@ from pathlib import Path
 
 from anchor_build import paramtypes
 from anchor_build.errors import AnchorError, UsageError
+from anchor_build.files import read_bounded
 from anchor_build.plan import Plan
 from anchor_build.root import HOST, Root
 from anchor_build.stage import Param
 
-# Bytes of a file that --set or --ca names: a node's shell holds the one, and the largest bundles have 1 MB.
-READ_MAX = 16 << 20
 SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
 
@@ -111,18 +109,9 @@ def _read_value(text: str) -> str:
         return text
     file = Path(text[1:])
     try:
-        return _read(file).decode("utf-8").removesuffix("\n")
+        return read_bounded(file).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError:
         raise paramtypes.InvalidValueError(f"{file}: is not UTF-8 text") from None
-
-
-def _read(file: Path) -> bytes:
-    """Return what is in a file; /dev/zero and the like must not fill the memory."""
-    with file.open("rb") as opened:
-        data = opened.read(READ_MAX + 1)
-    if len(data) > READ_MAX:
-        raise OSError(errno.EFBIG, f"has more than {READ_MAX >> 20} MiB", str(file))
-    return data
 
 
 def unknown_parameter(name: str, known: Sequence[str]) -> str:
@@ -145,7 +134,7 @@ def read_ca(path: Path | None, root: Root = HOST) -> tuple[bytes, str]:
                 return bundle.read_bytes(), f"no --ca: nodes trust every public CA that {whom} trusts"
         raise AnchorError(f"no --ca, and {root.name} has no CA bundle of its own", "name the site's CA with --ca FILE")
     try:
-        data = _read(path)
+        data = read_bounded(path)
     except OSError as error:
         raise AnchorError(f"--ca {path}: cannot be read: {error.strerror}") from None
     if re.search(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----", data):

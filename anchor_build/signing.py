@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from anchor_build.errors import AnchorError, ProcessError
+from anchor_build.files import read_bounded
 from anchor_build.manifest import split_manifest
 from anchor_build.run import Completed, run
 
@@ -80,9 +81,8 @@ def _secret(name: str, pass_file: Path | None) -> str | None:
         raise AnchorError(f"--sign-key {name}: there is no such file")
     try:
         if pass_file is not None:
-            with pass_file.open(encoding="utf-8") as file:
-                return file.readline().rstrip("\r\n")
-        encrypted = not token and any(mark in Path(name).read_bytes()[:4096] for mark in ENCRYPTED)
+            return read_bounded(pass_file).decode("utf-8").partition("\n")[0].rstrip("\r")
+        encrypted = not token and any(mark in read_bounded(Path(name))[:4096] for mark in ENCRYPTED)
     except OSError as error:
         raise AnchorError(f"{error.filename}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -144,6 +144,8 @@ def _failure(done: Completed, secret: str | None) -> ProcessError:
 
 def _hint(output: str, secret: str | None) -> str:
     """Return what to do about what openssl said, in the words of openssl 1.1 and 3 and of its engine."""
+    if not output:
+        return "is it pkcs11:token=...;object=...? openssl's PKCS#11 engine ends so at a URI that is none"
     if "invalid engine" in output or "could not load the shared library" in output:
         return "install openssl's PKCS#11 engine: libengine-pkcs11-openssl (deb) or openssl-pkcs11 (rpm)"
     if "PIN incorrect" in output or "PIN locked" in output:
@@ -165,7 +167,7 @@ def read_public_keys(paths: Sequence[Path]) -> tuple[PublicKey, ...]:
     found: list[PublicKey] = []
     for path in paths:
         try:
-            text = path.read_text(encoding="ascii")
+            text = read_bounded(path).decode("ascii")
         except OSError as error:
             raise AnchorError(f"--manifest-key {path}: {error.strerror}") from None
         except UnicodeDecodeError:

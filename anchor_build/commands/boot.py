@@ -25,7 +25,7 @@ from anchor_build.bootwatch import (
 from anchor_build.console import ERASE_LINE, Console
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.events import Begin, Boot, End, Event, Failed, Finished, Ready, SwitchRoot
-from anchor_build.inputs import refuse_overwriting
+from anchor_build.files import refuse_overwriting
 from anchor_build.qemu import Accel, Machine, boot, check_machine, choose_accel, parse_forward
 
 # A pause shorter than this between two steps is not worth a line.

@@ -125,11 +125,12 @@ def command(
     if sign_pass_file is not None and not sign_key:
         raise click.UsageError("--sign-pass-file belongs to --sign-key.")
     seconds = valid_seconds(valid_for)
-    try:
-        for url in (*urls, *peers):
-            check_value("url", url, {})
-    except InvalidValueError as error:
-        raise click.UsageError(f"{url}: {error}.") from None
+    for option, given in (("--url", urls), ("--peer", peers)):
+        for url in given:
+            try:
+                check_value("url", url, {})
+            except InvalidValueError as error:
+                raise click.UsageError(f"{option} {url}: {error}.") from None
     if named is not None:
         reference = parse_reference(named, f"--at {named}")
         output = output or Path(reference.name.rpartition("/")[2] + SUFFIX)

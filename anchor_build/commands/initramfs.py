@@ -153,7 +153,7 @@ def command(
     from anchor_build.container import opened
     from anchor_build.drivers import driver_set
     from anchor_build.embed import resolve
-    from anchor_build.inputs import refuse_overwriting
+    from anchor_build.files import refuse_overwriting
     from anchor_build.kernel import check_image, find_kernel
     from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile

@@ -212,7 +212,13 @@ def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_pat
         ((tree, "--compression", "rar"), 2, "squashfs has zstd, gzip, lz4, xz, lzo"),
         ((tree, "--compression", "lz4:3"), 2, "lz4 and xz have no levels"),
         ((tree, "--valid-for", "soon"), 2, "is not a duration"),
-        ((tree, "--url", "store"), 2, "is not a URL"),
+        ((tree, "--url", "store"), 2, "--url store: is not a URL"),
+        ((tree, "--peer", "https://x/", "--peer", "y"), 2, "--peer y: is not a URL"),
+        (
+            (tree, "--sign-key", tmp_path / "text", "--sign-pass-file", "/dev/zero"),
+            1,
+            "/dev/zero: has more than 16 MiB",
+        ),
         ((tree, "--package", "vim"), 2, "belong to --distribution"),
         ((tree, "--sign-key", tmp_path / "text"), 1, "private key, in PEM"),
         (("/dev/null",), 2, "is neither a directory nor a plain file"),
@@ -257,6 +263,10 @@ def test_what_an_image_already_is_cannot_be_chosen(tree: Path, tmp_path: Path) -
     for option in (("--format", "erofs"), ("--compression", "xz")):
         done = run(image, *option)
         assert (done.returncode, "is a squashfs image already" in done.stderr) == (2, True), done.stderr
+    before = (tmp_path / "node.squashfs.manifest").read_bytes()
+    done = run(image, "-o", tmp_path / "node.squashfs.manifest")
+    assert (done.returncode, "would take the place of" in done.stderr) == (2, True), done.stderr
+    assert before == (tmp_path / "node.squashfs.manifest").read_bytes()
 
 
 def test_renewing_leaves_the_image_alone(tree: Path, tmp_path: Path) -> None:

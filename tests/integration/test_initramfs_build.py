@@ -501,7 +501,7 @@ REASONS = {
     "program": "auth-own: no-such-program is missing: install deb-name (deb) or rpm-name (rpm)",
     "module": "auth-own: this dracut has no module no-such-module",
     "driver": "has no driver no_such_driver",
-    "added driver": "--add-drivers: kernel {release} has no driver no-such-driver",
+    "added driver": "--add-drivers: kernel {release} has no driver no-such-driver\nhint: is the name right?",
     "kernel": "kernel 9.9.9-none: no modules (modules.dep) in /lib/modules/9.9.9-none",
     "CA": "--ca /no/such/ca.pem: cannot be read: No such file or directory",
     "setting": "did you mean rd.anchor.fetch.attempts?",

@@ -144,7 +144,13 @@ def test_nothing_is_published_that_a_node_would_refuse(pair: Pair, tmp_path: Pat
     done = run(pair.image, "--to", tmp_path / "away")
     assert done.returncode == 1
     assert "is not a directory" in done.stderr
-    assert run(pair.image, "--to", "https://x/").returncode == 2
+    for to, word in (
+        (("https://x/",), "nor oci://REGISTRY/NAME:TAG"),
+        (("",), "--to: is empty"),
+        ((target, "--endpoint", "https://x"), "belong to s3://"),
+    ):
+        done = run(pair.image, "--to", *to)
+        assert (done.returncode, word in done.stderr) == (2, True), done.stderr
     for options in (
         ("--to", "s3://Bad_Bucket/x"),
         ("--to", "s3://images", "--region", "a\nb"),

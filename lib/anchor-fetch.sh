@@ -638,13 +638,17 @@ anchor_fetch_fits() {
 # Whether there is more memory now for a file of BYTES, or of unknown size: the initramfs gave some of its own. It does not
 # where that cannot be enough.
 anchor_fetch__make_room() {
-    local needs="$1"
+    local needs="$1" most
     [ -n "$unbounded" ] && command -v anchor_memory_shed >/dev/null || return 1
     anchor_fetch_fits
     [ -n "$anchor_fetch_fits" ] && [ "$anchor_fetch_fits" -lt "$anchor_fetch_fits_later" ] || return 1
     [ "$needs" != unknown ] || needs=0
+    anchor_memory_spare
+    [ "$anchor_memory_spare" -gt 0 ] || return 1
+    most=$((anchor_fetch_fits + anchor_memory_spare))
+    [ "$most" -le "$anchor_fetch_fits_later" ] || most=$anchor_fetch_fits_later
     anchor_fetch_size "$file"
-    [ "$needs" -le $((anchor_fetch_fits_later + anchor_fetch_size)) ] && anchor_memory_shed
+    [ "$needs" -le $((most + anchor_fetch_size)) ] && anchor_memory_shed
 }
 
 # usage: anchor_fetch__again IDLE ASKED WHY

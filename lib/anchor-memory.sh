@@ -19,19 +19,56 @@ anchor_memory_available() {
     [ "$anchor_memory_available" -ge 0 ] || anchor_memory_available=0
 }
 
-# usage: anchor_memory_shed
-# Frees what the initramfs itself has in memory and no later step reads: drivers, once those are loaded that the steps need,
-# and firmware. A device that appears now has to wait for the booted system. Status 1 where nothing is left to free. For
-# anchor_fetch, when a file would not fit. Needs anchor-fetch.sh.
-anchor_memory_shed() {
-    local dir stage drivers='' before
+# usage: anchor_memory_spare
+# Sets anchor_memory_spare: about how many bytes anchor_memory_shed would free, 0 where nothing; and
+# anchor_memory_spare_dirs, the directories that would go, as words. What is mounted is not the initramfs' own.
+anchor_memory_spare() {
+    local root="${ANCHOR_ROOT:-}" dir
+    anchor_memory_spare=0
+    anchor_memory_spare_dirs=
     # What an initramfs has and no installed system.
-    [ -e "${ANCHOR_ROOT:-}/etc/initrd-release" ] || return 1
+    [ -e "$root/etc/initrd-release" ] || return 0
     set --
     for dir in lib/modules lib/firmware usr/lib/modules usr/lib/firmware; do
-        [ ! -d "${ANCHOR_ROOT:-}/$dir" ] || set -- "$@" "${ANCHOR_ROOT:-}/$dir"
+        # /lib may lead to /usr/lib, which comes next.
+        if [ -L "$root/${dir%%/*}" ] || [ ! -d "$root/$dir" ] || ! anchor_memory__bare "$root/$dir"; then
+            continue
+        fi
+        anchor_memory_spare_dirs="$anchor_memory_spare_dirs $dir"
+        # As deep as drivers are: VERSION/kernel/drivers/net/ethernet/VENDOR/CARD/FILE.
+        dir=$root/$dir
+        set -- "$@" "$dir"/* "$dir"/*/* "$dir"/*/*/* "$dir"/*/*/*/* "$dir"/*/*/*/*/* "$dir"/*/*/*/*/*/* \
+            "$dir"/*/*/*/*/*/*/* "$dir"/*/*/*/*/*/*/*/*
     done
-    [ $# -gt 0 ] || return 1
+    [ $# -eq 0 ] || anchor_memory_spare=$(stat -c '%s %F' "$@" 2>/dev/null | {
+        sum=0
+        while read -r size kind; do
+            [ "$kind" != 'regular file' ] || sum=$((sum + size))
+        done
+        printf '%s' "$sum"
+    })
+}
+
+# usage: anchor_memory__bare DIR
+# Whether nothing is mounted on DIR, nor in it, nor on a directory that it is in.
+anchor_memory__bare() {
+    local device at rest
+    while read -r device at rest; do
+        case $at/ in
+            "$1"/*) return 1 ;;
+        esac
+        case $at:$1 in
+            "${ANCHOR_ROOT:-}"/?*:"$at"/*) return 1 ;;
+        esac
+    done </proc/self/mounts
+}
+
+# usage: anchor_memory_shed
+# Frees what the initramfs itself has in memory and no later step reads: drivers, once those are loaded that the steps need,
+# and firmware. A device that appears now has to wait for the booted system. For anchor_fetch, when a file would not fit;
+# needs anchor-fetch.sh, and what anchor_memory_spare sets. Status 1 where less than all could be freed.
+anchor_memory_shed() {
+    local dir stage drivers='' before status=0
     for stage in ${anchor_stages:-}; do
         case $stage in
             core_* | transport_* | "image_${anchor_image:-}")
@@ -44,10 +81,13 @@ anchor_memory_shed() {
     [ -z "$drivers" ] || modprobe -q -a $drivers </dev/null >/dev/null 2>&1
     anchor_fetch_fits
     before=$anchor_fetch_available
-    rm -rf "$@" || return 1
+    for dir in $anchor_memory_spare_dirs; do
+        rm -rf "${ANCHOR_ROOT:-}/$dir" || status=1
+    done
     anchor_fetch_fits
     anchor_fetch_amount $((anchor_fetch_available - before))
     anchor_info "memory is tight: the initramfs gave up drivers that are not in use, and firmware ($anchor_fetch_amount)"
+    return "$status"
 }
 
 # usage: anchor_memory_space DIR SIZE [OPTION,...]

@@ -185,21 +185,27 @@ anchor_oci__space() {
 # Fetches the layers, the largest first, as many at once as there are processors. Status 1 if one of them failed; its reason
 # is the step's.
 anchor_oci__layers() {
-    local cpu workers=0 started='' n=0 digest size type
+    local cpu workers=0 started='' n=0 digest size type all=0
     while read -r digest size type; do
         n=$((n + 1))
         printf '%s %s %s %s\n' "$n" "$digest" "$size" "$type"
     done <"$anchor_oci_dir/layers" | LC_ALL=C sort -k 3,3nr -k 1,1n >"$anchor_oci_dir/queue"
-    n=1
     for cpu in /sys/devices/system/cpu/cpu[0-9]*; do
         [ ! -d "$cpu" ] || workers=$((workers + 1))
     done
     [ "$workers" -gt 0 ] || workers=1
     [ "$workers" -le "$ANCHOR_OCI_WORKERS" ] || workers=$ANCHOR_OCI_WORKERS
     # With a layer for each processor none waits for the network while another works, and a file costs less than the pipes
-    # of a stream: a fourth of all processor time, where that is emulated.
+    # of a stream: a fourth of all processor time, where that is emulated. It needs memory for the largest of them, beside
+    # what all layers become.
     anchor_oci__whole=
-    [ "$anchor_oci_count" -lt "$workers" ] || anchor_oci__whole=1
+    n=0
+    while read -r cpu digest size type; do
+        n=$((n + 1))
+        all=$((all + size + (n <= workers ? size : 0)))
+    done <"$anchor_oci_dir/queue"
+    [ "$n" -lt "$workers" ] || [ "$all" -ge "$anchor_memory_available" ] || anchor_oci__whole=1
+    n=1
     while [ "$n" -le "$workers" ]; do
         anchor_oci__work "$1" </dev/null &
         started="$started $!"
@@ -275,16 +281,22 @@ anchor_oci__stop() {
 }
 
 # usage: anchor_oci__squash DIGEST SIZE
-# Makes a squashfs of a layer: while it comes, or, with anchor_oci__whole, once it is here and its digest is right.
+# Makes a squashfs of a layer: while it comes, or, with anchor_oci__whole, once it is here and its digest is right. Reads pid,
+# the worker's.
 anchor_oci__squash() {
     local blob="$anchor_oci__image/c$anchor_oci__n" release status
-    if [ -z "$anchor_oci__whole" ]; then
-        anchor_oci_stream "$1" "$2" "$anchor_oci_dir/$anchor_oci__n/stream" anchor_oci__convert
-        return
-    fi
+    case $anchor_oci__whole:$anchor_oci__type in
+        1:*gzip | 1:*zstd) ;;
+        *)
+            # A plain tar goes through cat, and some of these only pass on the file's pages: what was taken out of a hole then
+            # would be missing, though the file's position is behind it.
+            anchor_oci_stream "$1" "$2" "$anchor_oci_dir/$anchor_oci__n/stream" anchor_oci__convert
+            return
+            ;;
+    esac
     anchor_oci_get "$1" "$2" "$blob" || return 1
     exec 4<"$blob"
-    anchor_oci__release "$blob" "$2" &
+    anchor_oci__release "$blob" "$2" "$pid" &
     release=$!
     anchor_oci__convert <&4 4<&-
     status=$?
@@ -295,13 +307,13 @@ anchor_oci__squash() {
     return "$status"
 }
 
-# usage: anchor_oci__release BLOB SIZE 4<BLOB
-# Gives the memory of BLOB back as far as it has been read, until it is killed, and leaves nothing then: whoever reads it
-# shares this descriptor's position.
+# usage: anchor_oci__release BLOB SIZE PID 4<BLOB
+# Gives the memory of BLOB back as far as it has been read, until it is killed, and leaves nothing then, or until the process
+# PID is gone: whoever reads it shares this descriptor's position.
 anchor_oci__release() {
     local key at freed=0 other="$!"
     trap '[ "$!" = "$other" ] || { kill "$!" && wait "$!"; } 2>/dev/null; exit 0' TERM
-    while [ "$freed" -lt "$2" ]; do
+    while kill -0 "$3" 2>/dev/null; do
         sleep 0.4 4<&- &
         wait "$!"
         while read -r key at; do
@@ -309,7 +321,7 @@ anchor_oci__release() {
         done </proc/self/fdinfo/4
         [ $((at - freed)) -ge "$ANCHOR_OCI_FREE" ] || continue
         # Without it there is only more memory in use for a while.
-        fallocate --punch-hole --offset "$freed" --length $((at - freed)) "$1" 2>/dev/null || return 0
+        fallocate --punch-hole --offset "$freed" --length $((at - freed)) "$1" 2>/dev/null || at=$2
         freed=$at
     done
 }

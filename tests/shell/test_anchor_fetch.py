@@ -298,6 +298,7 @@ TIGHT = """
 . "$LIB/anchor-memory.sh"
 mkdir -p "$ANCHOR_ROOT/usr/lib/modules/6.1/kernel" "$ANCHOR_ROOT/usr/lib/firmware" "$ANCHOR_ROOT/etc"
 ln -sfn usr/lib "$ANCHOR_ROOT/lib"
+truncate -s 20M "$ANCHOR_ROOT/usr/lib/modules/6.1/kernel/driver.ko"
 : >"$ANCHOR_ROOT/etc/initrd-release"
 anchor_stages='core_anchor auth_acme transport_nfs image_squashfs image_oci' anchor_image=squashfs
 anchor_core_anchor_drivers() { anchor_drivers=overlay; }
@@ -336,7 +337,9 @@ def test_where_memory_is_tight_the_initramfs_gives_up_its_drivers(node: Node, kn
     [
         (1, TIGHT, True),  # fits as it is
         (67, TIGHT, True),  # does not fit without the initramfs either
+        (57, TIGHT, True),  # does not fit without the drivers either
         (40, TIGHT, False),  # no image in memory
+        (40, TIGHT + 'anchor_memory__bare() { return 1; }', True),  # something is mounted there
         (40, TIGHT + 'command rm "$ANCHOR_ROOT/etc/initrd-release"', True),  # an installed system
     ],
 )
@@ -356,8 +359,23 @@ def test_an_image_that_does_not_fit_all_the_same_is_refused(dash: Node) -> None:
     memory(dash.shell.root, 50 * 1024, initramfs=80 * 1024)
     done = dash.fetch('anchor_fetch_too_large "$((60 << 20))"', setup=TIGHT, memory=True, reserve=64 << 20)
     assert done.returncode == 1
-    assert "it needs 60.0 MiB, and 55.8 MiB fit (70.0 MiB of memory available, of which the initramfs" in done.stderr
-    assert len(dash.calls()) == 2
+    assert "it needs 60.0 MiB, and 35.8 MiB fit (50.0 MiB of memory available, of which the initramfs" in done.stderr
+    assert len(dash.calls()) == 1
+    assert (dash.shell.root / "usr/lib/modules/6.1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("at", "bare"), [("", 1), ("usr", 0), ("usr/lib/modules", 0), ("usr/lib/modules/6.1", 0), ("usr/lib/mod", 1)]
+)
+def test_what_is_mounted_is_not_given_up(node: Node, at: str, bare: int) -> None:
+    script = """
+        . "$LIB/anchor-memory.sh"
+        mkdir -p "$ANCHOR_ROOT/usr/lib/modules/6.1" "$ANCHOR_ROOT/usr/lib/mod"
+        [ -z "$AT" ] || mount -t tmpfs tmpfs "$ANCHOR_ROOT/$AT" || exit 9
+        anchor_memory__bare "$ANCHOR_ROOT/usr/lib/modules"
+    """
+    done = node.shell.run(script, env={"AT": at}, unshare=("--mount",))
+    assert done.returncode == 1 - bare, done.stderr
 
 
 # Three mirrors; their transport is asked for $1.

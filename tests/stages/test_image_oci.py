@@ -381,6 +381,26 @@ def test_a_layer_may_come_in_odd_pieces(dash: Node, layers: list[Layer], monkeyp
     assert "etc/passwd" in dash.facts(f"https://{dash.site.mutual.host}/team/odd@sha256:{digest}")
 
 
+NOISY = [Layer().add(f"noise{number}", os.urandom(1_500_000)) for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "megabytes", "files"), [("gzip", 60, 4), ("zstd", 60, 4), ("gzip", 7, 0), ("", 60, 0)], ids=str
+)
+def test_layers_come_as_files_where_memory_is_left_for_them(
+    dash: Node, monkeypatch: pytest.MonkeyPatch, kind: str, megabytes: int, files: int
+) -> None:
+    digest = push(dash.site.plain, f"team/noisy{kind}", NOISY, (kind,))
+    seen = f"""
+anchor_oci__release() {{ : >"$ANCHOR_ROOT/file$anchor_oci__n"; }}
+anchor_memory_available() {{ anchor_memory_available={megabytes}000000; }}
+LC_ALL=C
+"""
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", SCRIPT.replace("LC_ALL=C\n", seen))
+    assert len(dash.facts(f"https://{dash.site.mutual.host}/team/noisy{kind}@sha256:{digest}")) == 4 + 1
+    assert len(list(dash.shell.root.glob("file?"))) == files
+
+
 def test_a_mirror_brings_what_the_registry_lacks(dash: Node, layers: list[Layer]) -> None:
     digest = push(dash.site.plain, "team/mirrored", layers)
     image = f"https://127.0.0.1:9/team/elsewhere@sha256:{digest}"
@@ -512,7 +532,7 @@ RELEASE = """
 ANCHOR_OCI_FREE=1
 mount -t tmpfs tmpfs "$LOWER" && head -c 12000000 /dev/urandom >"$LOWER/c1" && exec 4<"$LOWER/c1" || exit 9
 tail -c +8388609 "$LOWER/c1" >"$LOWER/rest"
-anchor_oci__release "$LOWER/c1" 12000000 &
+anchor_oci__release "$LOWER/c1" 12000000 "$$" &
 dd bs=1048576 count=8 <&4 2>/dev/null | cat >/dev/null
 n=0
 until [ "$(stat -c %b "$LOWER/c1")" -lt 8000 ] || [ "$n" -gt 200 ]; do n=$((n + 1)); sleep 0.1; done

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import signal
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from anchor_build import __version__
-from anchor_build.console import Console, Events
+from anchor_build.console import EVENT_START, Console, Events
 from anchor_build.errors import AnchorError
 
 # name -> the line that `anchor-build --help` shows; the command itself is anchor_build.commands.<name>.command.
@@ -34,6 +35,9 @@ COMMANDS = {
 }
 
 
+NO_RESULT, NO_RESULT_HINT = "the result cannot be written", "make room where standard output goes"
+
+
 def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete --profile by the names in the file."""
     from anchor_build.profile import complete
@@ -51,12 +55,18 @@ def use_profile(root: click.Context, name: str | None, config: Path | None) -> N
 
 
 class GivenPath(click.Path):
-    """A path that is not empty. A script's unset variable leaves "", which pathlib takes for the working directory."""
+    """A path that is not empty, nor where events go.
+
+    A script's unset variable leaves "", which pathlib takes for the working directory.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse the empty path; all else is click's business."""
+        """Refuse the empty path, and the file of --events; all else is click's business."""
         if not os.fspath(value):
             self.fail("it is empty", param, ctx)
+        told = ctx.find_root().obj if ctx is not None else None
+        if isinstance(told, Console) and told.events is not None and told.events.is_in(value):
+            self.fail(f"{os.fspath(value)!r} is where --events go", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -109,6 +119,10 @@ class LazyGroup(click.Group):
         except click.exceptions.Exit as exit_:
             ended = {"error": f"exit status {exit_.exit_code}", "hint": ""} if exit_.exit_code else None
             raise
+        except OSError as error:
+            if is_full_output(error):
+                ended = {"error": f"{NO_RESULT}: {error.strerror}", "hint": NO_RESULT_HINT}
+            raise
         except click.NoSuchOption as error:
             if any(error.option_name in param.opts for param in self.params):
                 text = f"{error.option_name} goes before the command: anchor-build {error.option_name} ..."
@@ -129,14 +143,34 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def is_full_output(error: OSError) -> bool:
+    """Whether it is a full disk behind standard output; what else it may be is a bug."""
+    return error.errno == errno.ENOSPC and error.filename is None
+
+
 def open_events(ctx: click.Context, path: Path | None) -> Events | None:
-    """Open what --events names, to add to it until the context ends; raises UsageError."""
+    """Open what --events names, to add to it until the context ends; raises UsageError.
+
+    A plain file has to be empty or to hold events: another one was named by mistake.
+    """
     if path is None:
         return None
     try:
-        return Events(ctx.with_resource(path.open("ab", buffering=0)))
+        # A pipe without a reader would be waited for.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        file = ctx.with_resource(os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0))
+        found = os.fstat(file.fileno())
+        # Whoever opened a descriptor knows what it leads to, such as a log.
+        opened = any(path.is_relative_to(place) for place in ("/dev", "/proc"))
+        if stat.S_ISREG(found.st_mode) and found.st_size and not opened:
+            with path.open("rb") as before:
+                if not before.read(len(EVENT_START)).startswith(EVENT_START):
+                    raise click.UsageError(f"--events {path}: is there and holds something else. Name another file.")
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise click.UsageError(f"--events {path}: nobody reads from it. Start its reader first.") from None
         raise click.UsageError(f"--events {path}: {error.strerror}.") from None
+    return Events(file)
 
 
 @click.group(
@@ -148,7 +182,7 @@ def open_events(ctx: click.Context, path: Path | None) -> Events | None:
 @click.option("-q", "--quiet", is_flag=True, help="Show errors and warnings only.")
 @click.option(
     "--events",
-    type=click.Path(path_type=Path),
+    type=GivenPath(path_type=Path),
     metavar="FILE",
     help="Add what is being done to FILE, a JSON object on each line, while it goes on: /dev/fd/3, a pipe or a file.",
 )
@@ -162,7 +196,7 @@ def open_events(ctx: click.Context, path: Path | None) -> Events | None:
 )
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=GivenPath(path_type=Path),
     metavar="FILE",
     envvar="ANCHOR_BUILD_CONFIG",
     show_envvar=True,
@@ -213,9 +247,8 @@ def main(args: list[str] | None = None, **kwargs: Any) -> None:
         console.error(error.message, error.hint)
         sys.exit(error.exit_status)
     except OSError as error:
-        # A full disk behind standard output; what else it may be is a bug.
-        if error.errno != errno.ENOSPC or error.filename is not None:
+        if not is_full_output(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
-        console.error(f"the result cannot be written: {error.strerror}", "make room where standard output goes")
+        console.error(f"{NO_RESULT}: {error.strerror}", NO_RESULT_HINT)
         sys.exit(1)

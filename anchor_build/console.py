@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import select
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, RawIOBase
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -19,8 +23,11 @@ import click
 TICK_S = 0.2
 # Where no line can be rewritten, as in a pipeline's log, there is a new one so often: some end what is silent.
 LINE_S = 15.0
-# Between two events of progress.
+# Between two events of progress, and how long one waits for a reader whose pipe is full.
 EVENT_S = 1.0
+READER_S = 10.0
+# What each line of events begins with.
+EVENT_START = b'{"event": "'
 ELLIPSIS = "\u2026"
 ERASE_LINE = "\r\033[K"
 
@@ -47,7 +54,10 @@ class Events:
     """
 
     def __init__(self, file: RawIOBase | BytesIO) -> None:
-        """Take a file without a buffer: what cannot be written must not be tried once more at the end."""
+        """Take a file without a buffer: what cannot be written must not be tried once more at the end.
+
+        One that does not block (O_NONBLOCK) is waited for at most READER_S.
+        """
         self._file: RawIOBase | BytesIO | None = file
         self._lock = threading.Lock()
         self._started = time.monotonic()
@@ -59,11 +69,28 @@ class Events:
             try:
                 if self._file is not None:
                     line = json.dumps({"event": event, "at_ms": at_ms, **fields}) + "\n"
-                    self._file.write(line.encode("ascii"))
+                    self._put(self._file, line.encode("ascii"))
             except OSError as error:
                 self._file = None
                 return str(error.strerror)
         return ""
+
+    def is_in(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a path leads to the plain file that events go to, which nothing else may read or replace."""
+        try:
+            there, ours = Path(path).stat(), os.fstat(self._file.fileno() if self._file is not None else -1)
+        except OSError:
+            return False
+        return stat.S_ISREG(ours.st_mode) and os.path.samestat(there, ours)
+
+    @staticmethod
+    def _put(file: RawIOBase | BytesIO, data: bytes) -> None:
+        until = time.monotonic() + READER_S
+        while data:
+            sent = file.write(data)
+            if sent is None and not select.select([], [file], [], max(until - time.monotonic(), 0))[1]:
+                raise TimeoutError(errno.ETIMEDOUT, "nobody reads them")
+            data = data[sent or 0 :]
 
 
 class Step(Protocol):

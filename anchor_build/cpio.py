@@ -24,6 +24,8 @@ CRC_MAGIC = b"070702"
 NEWC_MAGICS = (b"070701", CRC_MAGIC)
 HEADER = re.compile(rb"07070[12]([0-9A-Fa-f]{104})")
 HEADER_SIZE = 110
+# Above the numbers that a header has room for.
+NUMBER_END = 1 << 32
 TRAILER = b"TRAILER!!!"
 # More than any node could unpack into its memory; a few kilobytes can be made to unpack to terabytes.
 UNPACKED_MAX = 2 << 30
@@ -185,7 +187,8 @@ def read_tree(directory: Path, names: Iterable[str]) -> Initramfs:
 
     Each name comes after that of its directory; the directory itself is `.`. Hard links follow each other, the last
     with the size. Nothing depends on where the files were, such as the numbers of their inodes: `cpio --reproducible`
-    (cpio(1)). Raises ValueError for what is neither a file nor a directory nor a symbolic link, or is not in there.
+    (cpio(1)). Raises ValueError for what is neither a file nor a directory nor a symbolic link, or is not in there, or
+    has a time, size or owner that no header has room for, such as a time before 1970.
     """
     members: dict[str, Member] = {}
     numbers: dict[tuple[int, int], int] = {}
@@ -209,7 +212,9 @@ def read_tree(directory: Path, names: Iterable[str]) -> Initramfs:
             links = 2  # how many directories are in it, or something else: that depends on the file system
         else:
             raise ValueError(place)
-        size, seconds = len(content), int(facts.st_mtime)
+        size, seconds = len(content), facts.st_mtime_ns // 1_000_000_000
+        if not all(0 <= value < NUMBER_END for value in (size, seconds, facts.st_uid, facts.st_gid)):
+            raise ValueError(place)
         member = Member(path, facts.st_mode, size, content, facts.st_uid, facts.st_gid, seconds, links, number)
         if links == 1 or not member.is_file:
             members[path] = member
@@ -303,7 +308,7 @@ def decompress(file: Path, data: bytes, kind: str, directory: Path | None = None
         if kind in ("xz", "lzma"):
             return _unpack(file, lzma.LZMAFile(io.BytesIO(data)))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
+        raise _broken(file, kind, str(error)) from None
     if kind not in ("zstd", "lz4", "bzip2"):
         raise AnchorError(f"{file}: cannot read {kind} compression")
     with tempfile.TemporaryDirectory(prefix="anchor-build-", dir=directory) as work:
@@ -315,7 +320,9 @@ def decompress(file: Path, data: bytes, kind: str, directory: Path | None = None
         except ProcessError as error:
             if error.status == -signal.SIGXFSZ or plain.stat().st_size >= UNPACKED_MAX:
                 raise _too_large(file) from None
-            raise AnchorError(f"{file}: {kind} data is broken: {error}") from None
+            # Before its words the program names the temporary file, of which zstd shows the end of the path.
+            why = re.sub(rf"^.*\b{packed.name} *: *", "", error.tail, flags=re.MULTILINE)
+            raise _broken(file, kind, why.strip()) from None
         return plain.read_bytes()
 
 
@@ -324,6 +331,11 @@ def _unpack(file: Path, stream: BinaryIO | gzip.GzipFile | lzma.LZMAFile) -> byt
     if len(data) > UNPACKED_MAX:
         raise _too_large(file)
     return data
+
+
+def _broken(file: Path, kind: str, why: str) -> AnchorError:
+    reason = f": {why}" if why else ""
+    return AnchorError(f"{file}: its {kind} data is cut off or damaged{reason}", "build it again")
 
 
 def _too_large(file: Path) -> AnchorError:

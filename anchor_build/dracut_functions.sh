@@ -10,8 +10,13 @@ ANCHOR_PATIENCE=60
 # anchor_ask WORDS…: let the build do what a program would do with these arguments. Reads $anchor_place. Fails where the
 # program has to do it, or the rest of it, after all. When nobody answers nobody is asked again, in any shell.
 anchor_ask() {
-    local anchor_id=$BASHPID.$RANDOM$RANDOM anchor_answer=
+    local LC_ALL=C anchor_id=$BASHPID.$RANDOM$RANDOM anchor_answer='' anchor_words="$PATH $*" anchor_umask
     [[ -p $anchor_place/turn && -z ${DRACUT_INSTALL_PATH-}${DESTROOTDIR-} ]] || return 1
+    # Directories would get other modes; for cpio dracut has another. This is umask without a shell for it: proc(5).
+    mapfile -s 1 -n 1 -t anchor_umask 2>/dev/null </proc/self/status
+    [[ $1 == cpio || ${anchor_umask[0]-} == Umask:*0022 ]] || return 1
+    # A pipe takes 64 KiB that nobody reads, if the build was killed.
+    ((${#anchor_words} + 2 * $# < 60000)) || return 1
     # Pipes that are opened for both directions wait for nobody. One asks at a time.
     if IFS= read -r -N 1 -t "$ANCHOR_PATIENCE" anchor_answer <>"$anchor_place/turn"; then
         printf '%s\0' "$anchor_id" "$PATH" "$#" "$@" 1<>"$anchor_place/ask"

@@ -268,12 +268,20 @@ def directory_problems(output: Path) -> list[str]:
     return [] if os.access(nearest, os.W_OK | os.X_OK) else [f"--out {output}: {nearest} may not be written"]
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file; not where one leads nowhere, or cannot, being too long say."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def refuse_overwriting(option: str, outputs: Iterable[Path], read: Iterable[Path]) -> None:
     """Raise UsageError where a result would take the place of a file that the same command reads."""
-    given = [path for path in read if path.exists()]
+    given = list(read)
     for output in outputs:
-        for path in given if output.exists() else ():
-            if output.samefile(path):
+        for path in given:
+            if is_same(output, path):
                 raise UsageError(
                     f"{option} {output}: would take the place of {path}, which is read", "name another file"
                 )

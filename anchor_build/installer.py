@@ -4,8 +4,7 @@ dracut is a script of bash; it calls dracut-install some 140 times in a build, a
 third of a build's time. In the configuration that a build gives dracut (dracut_functions.sh) there is a function by the
 path of dracut-install, which asks this process first, over named pipes. It copies plain files, which needs no other
 program. Whatever is more than that (a symbolic link, a driver, what is missing and its message) is left to the real
-dracut-install, which takes what is there already for installed: dracut_install() in dracut-install.c, the same from 049
-to 111.
+dracut-install, which takes what is there already for installed: dracut_install() in dracut-install.c, from 049 to 111.
 
 Programs of this host are looked at with the dynamic linker's --list at once, on another core, so that it is known at
 the end which libraries they need. And the tree is read from where dracut made it, not packed by cpio to be unpacked
@@ -22,6 +21,7 @@ import re
 import select
 import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,8 +42,9 @@ ASK, ANSWER, TURN = "ask", "answer", "turn"
 # What is to be packed; what a call of dracut-install for all programs comes down to: each word ends with a zero.
 NAMES, PROGRAMS, LIBRARIES = "names", "programs", "libraries"
 INSTALL = "dracut-install"
-# How long to wait for the linker, in seconds; what is not known by then is left to dracut-install.
-PATIENCE = 30
+# How long to wait for the linker, in seconds, with all programs and with one; what is not known by then is left to
+# dracut-install.
+PATIENCE, LIST_S = 30, 10
 # dracut-install has these options for plain copies: several files, missing ones are no error, a directory.
 OPTIONS = {"-a", "-o", "-d"}
 # Lines of dracut's configuration: a function by the path of the program that stands in for dracut-install, and others.
@@ -55,6 +56,8 @@ CONFIGURATION = """anchor_place={place}
 """
 # What dracut-install has in it when it asks ldd, and nothing else, for what a program needs: in 110 it has not.
 ASKS_LDD = b"DRACUT_LDD\0"
+# And when cp keeps files' owners for it: from 057 on, the second since 110; before, they are whoever builds.
+KEEPS_OWNERS = re.compile(rb"timestamps,ownership\0|\0-fLp\0")
 # How dracut calls cpio for an archive that does not depend on where it is made, of version 2.12 or newer.
 REPRODUCIBLE = {"-o", "--reproducible", "--null", "-H", "newc", "--quiet"}
 
@@ -74,14 +77,17 @@ class Made:
 def installing(root: Root, work: Path, seen: Path, linker: str) -> Iterator[Made]:
     """Copy for a dracut that runs meanwhile; `prepare` has made its side.
 
-    `seen` is `work` as dracut sees it. `linker` lists what programs need, if there is one.
+    `seen` is `work` as dracut sees it. `linker` lists what programs need, if there is one. A bug that showed meanwhile,
+    while dracut helped itself, is raised at the end.
     """
     handles = {name: os.open(work / name, os.O_RDWR | os.O_CLOEXEC) for name in (ASK, ANSWER, TURN)}
     wake, end = os.pipe()
-    asks = linker and root.is_host and ASKS_LDD in (BASE / INSTALL).read_bytes()
+    program = root.at(BASE / INSTALL).read_bytes()
+    asks = linker and root.is_host and ASKS_LDD in program
     lister = _Lister(linker if asks else "")
     made = Made()
-    server = _Server(_Files(root, work, seen), lister, handles[ASK], handles[ANSWER], made)
+    files = _Files(root, work, seen, keeps_owners=KEEPS_OWNERS.search(program) is not None)
+    server = _Server(files, lister, handles[ASK], handles[ANSWER], made)
     thread = threading.Thread(target=server.serve, args=(wake,), name="installer")
     os.write(handles[TURN], b".")
     thread.start()
@@ -93,6 +99,8 @@ def installing(root: Root, work: Path, seen: Path, linker: str) -> Iterator[Made
         lister.stop()
         for handle in (*handles.values(), wake):
             os.close(handle)
+    if server.bug is not None:
+        raise server.bug
 
 
 def prepare(work: Path, seen: Path) -> str:
@@ -109,17 +117,20 @@ def prepare(work: Path, seen: Path) -> str:
 
 @dataclass(frozen=True)
 class _Files:
-    """Where on the host the paths are that dracut speaks of."""
+    """Where on the host the paths are that dracut speaks of, and whether files keep their owners."""
 
     root: Root
     work: Path
     seen: Path
+    keeps_owners: bool = True
 
     def at(self, path: str) -> str:
         """Return where a path is, its last part as it is and links in the others followed as they are for dracut.
 
-        Raises _NotHere for what is not the system's nor the build's.
+        Raises _NotHere for what is not the system's nor the build's, or depends on where dracut is at the moment.
         """
+        if not path.startswith("/"):
+            raise _NotHere
         if self.root.is_host:
             return path
         done: list[str] = []
@@ -170,6 +181,7 @@ class _Server:
     ask: int
     answer: int
     made: Made
+    bug: Exception | None = None
     _rest: bytearray = field(default_factory=bytearray)
 
     def serve(self, wake: int) -> None:
@@ -188,7 +200,9 @@ class _Server:
             done = "done" if self._install(path, arguments) else "more"
         except (OSError, ValueError, _NotHere):
             done = "more"
-        os.write(self.answer, f"{name} {done}\n".encode())
+        except Exception as bug:  # raised later: who asks must not wait for an answer
+            done, self.bug = "more", bug
+        os.write(self.answer, os.fsencode(f"{name} {done}\n"))
 
     def _question(self) -> list[str] | None:
         """Take one whole question: who asks, PATH, and the arguments."""
@@ -199,7 +213,7 @@ class _Server:
         if len(parts) <= count:
             return None
         del self._rest[: sum(map(len, parts[:count])) + count]
-        words = [part.decode("utf-8", "surrogateescape") for part in parts[:count]]
+        words = [os.fsdecode(part) for part in parts[:count]]
         return [*words[:2], *words[3:]]
 
     def _install(self, path: str, arguments: list[str]) -> bool:
@@ -208,7 +222,7 @@ class _Server:
             return self._read(arguments[1], arguments[2:])
         if arguments[:1] == ["mkdir"]:
             return self._make(arguments[1])
-        if arguments[:1] != ["-D"]:
+        if len(arguments) < 2 or arguments[0] != "-D":
             raise _NotHere
         top, words = arguments[1], arguments[2:]
         tree = _Tree(self.files, top, self.lister)
@@ -244,13 +258,12 @@ class _Server:
         libraries, unknown = self.lister.libraries(programs)
         tree.copy_targets(libraries)
         for name, words in ((LIBRARIES, sorted(libraries)), (PROGRAMS, unknown)):
-            text = "".join(f"{word}\0" for word in words)
-            (self.files.work / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+            (self.files.work / name).write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
         return bool(libraries)
 
     def _make(self, directory: str) -> bool:
         """Make a directory of the initramfs that dracut makes, and those that lead there."""
-        top = re.match("(.*/tmp/dracut[.][^/]+/initramfs)/+(.*)", directory)
+        top = re.fullmatch("(.*/tmp/dracut[.][^/]+/initramfs)/+(.*)", directory, re.DOTALL)
         if top is None:
             raise _NotHere
         made = self.files.inside(top[1])
@@ -310,7 +323,7 @@ class _Tree:
                 _make_directory(place)
                 return True
             if stat.S_ISREG(found.st_mode) and not directory:
-                _copy(self.files.at(source), place)
+                _copy(self.files.at(source), place, keep_owner=self.files.keeps_owners)
                 if found.st_mode & 0o111:
                     self.lister.look_at(place)
                 return True
@@ -360,8 +373,8 @@ def _make_directory(path: str) -> None:
     os.chmod(path, 0o755)  # noqa: S103 - as dracut-install makes it, whatever our umask
 
 
-def _copy(source: str, target: str) -> None:
-    """Copy a plain file with its mode, times and owner.
+def _copy(source: str, target: str, *, keep_owner: bool) -> None:
+    """Copy a plain file with its mode, its times and, if asked to, its owner.
 
     cp would also copy extended attributes, which a cpio archive cannot hold.
     """
@@ -372,15 +385,30 @@ def _copy(source: str, target: str) -> None:
             place = 0
             while sent := os.sendfile(new, old.fileno(), place, found.st_size or 1 << 20):
                 place += sent
-            with suppress(PermissionError):  # as cp, which only root can ask for that
-                os.fchown(new, found.st_uid, found.st_gid)
-            os.fchmod(new, stat.S_IMODE(found.st_mode))
+            mode = stat.S_IMODE(found.st_mode)
+            if keep_owner and not _give(new, found.st_uid, found.st_gid):
+                mode &= 0o777
+            os.fchmod(new, mode)
             os.utime(new, ns=(found.st_atime_ns, found.st_mtime_ns))
         except BaseException:
             os.unlink(target)
             raise
         finally:
             os.close(new)
+
+
+def _give(file: int, uid: int, gid: int) -> bool:
+    """Give a file to its owner; whether that could be done, which cp takes away set-user-ID and its like without."""
+    made = os.fstat(file)
+    if (made.st_uid, made.st_gid) == (uid, gid):
+        return True
+    try:
+        os.fchown(file, uid, gid)
+    except PermissionError:
+        with suppress(PermissionError):
+            os.fchown(file, -1, gid)
+        return False
+    return True
 
 
 class _Lister:
@@ -392,6 +420,7 @@ class _Lister:
         self._todo: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._left = 0
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="lister")
         self._thread.start()
 
@@ -403,7 +432,8 @@ class _Lister:
             self._todo.put(program)
 
     def stop(self) -> None:
-        """End the thread, when it is through."""
+        """End the thread, which may take LIST_S; what is still to do is not done."""
+        self._stopped = True
         self._todo.put(None)
         self._thread.join()
 
@@ -425,9 +455,9 @@ class _Lister:
         return {path for library in libraries for path in _names(library) if os.path.lexists(path)}, unknown
 
     def _run(self) -> None:
-        while (program := self._todo.get()) is not None:
+        while (program := self._todo.get()) is not None and not self._stopped:
             try:
-                with suppress(OSError, AnchorError):
+                with suppress(OSError, AnchorError, subprocess.TimeoutExpired):
                     self._list(program)
             finally:
                 with self._idle:
@@ -440,11 +470,14 @@ class _Lister:
         # What it needs may depend on where it is, and on what is put beside it later.
         if not data.startswith(MAGIC) or b"$ORIGIN" in data or b"${ORIGIN}" in data:
             return
-        done = run([self._linker, "--list", program], env={"LC_ALL": "C"}, only_env=True, check=False)
+        argv = [self._linker, "--list", program]
+        done = run(argv, env={"LC_ALL": "C"}, only_env=True, check=False, timeout=LIST_S)
         lines = [line for line in done.stdout.splitlines() if "linux-vdso" not in line]
         found = {f"/{line.partition('/')[2].partition(' ')[0]}" for line in lines}
-        # Nor is it for here what dracut-install looks for in other places, or says something about.
-        if done.status == 0 and not any(line.count("/") == 0 or "hwcaps" in line or "$" in line for line in lines):
+        # Nor is it for here what dracut-install looks for in other places, or says something about; nor a name that was
+        # no text.
+        foreign = ("hwcaps", "$", "\N{REPLACEMENT CHARACTER}")
+        if done.status == 0 and not any("/" not in line or any(x in line for x in foreign) for line in lines):
             self._found[program] = facts, found
 
 

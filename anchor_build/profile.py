@@ -321,8 +321,10 @@ class _Reader:
         return self._placed(option, text) if (text := self._text(where, value)) else ""
 
     def _text(self, where: str, value: object, what: str = "a text") -> str:
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str):
             self.problem(where, f"is not {what}")
+        elif not value.strip():
+            self.problem(where, "is empty")
         elif not value.isprintable():
             self.problem(where, "holds control characters")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,12 @@ def shown_value(param: Param, value: str) -> str:
     _, at, host = authority.rpartition("@")
     shown = f"{scheme}{separator}{'(secret)@' if at else ''}{host}{slash}{path}"
     return shown + ("?(secret)" if question else "")
+
+
+def named_files(settings: Iterable[str]) -> list[str]:
+    """Return the FILE of each KEY=@FILE among settings."""
+    values = (text.partition("=")[2] for text in settings)
+    return [value[1:] for value in values if value.startswith("@")]
 
 
 def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:

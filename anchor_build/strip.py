@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anchor_build.cpio import Initramfs, Member
 from anchor_build.elf import MAGIC
+from anchor_build.readback import included_modules
 from anchor_build.root import ENVIRONMENT, Root, enter
 from anchor_build.run import run
 
@@ -20,9 +21,11 @@ SIGNED = b"~Module signature appended~\n"
 def strip(initramfs: Initramfs, root: Root, work: Path) -> dict[str, bytes]:
     """Return by their paths the new contents of programs and drivers that were not stripped.
 
-    As with dracut, signed drivers stay as they are, and everything does where the system has no program for that.
-    `work` is for files.
+    As with dracut, signed drivers stay as they are, and everything does where the system has no program for that, or
+    with the module fips, whose sums (.hmac) are those of the files as they are installed. `work` is for files.
     """
+    if "fips" in included_modules(initramfs):
+        return {}
     program = root.find_program("eu-strip") or root.find_program("strip")
     paths = [path for path, member in initramfs.members.items() if is_unstripped(member)]
     if program is None or not paths:

@@ -158,7 +158,7 @@ def command(
     from anchor_build.manifest import read_since
     from anchor_build.profile import used_profile
     from anchor_build.root import HOST, open_root
-    from anchor_build.settings import read_ca, read_settings
+    from anchor_build.settings import named_files, read_ca, read_settings
     from anchor_build.signing import read_public_keys
 
     if manifest_since and not manifest_keys:
@@ -202,7 +202,7 @@ def command(
             warnings=tuple(filter(None, (warning, *warnings))),
             tell=lambda line: console.detail(f"  | {line}"),
         )
-        texts = (drivers, container or "", *embed_images, *(text.partition("=@")[2] for text in settings))
+        texts = (drivers, container or "", *embed_images, *named_files(settings))
         read = [ca, for_image, found.image, *manifest_keys, *map(Path, filter(None, texts))]
         refuse_overwriting("--output", (build.output, build.report_file), filter(None, read))
         report = build_initramfs(build, console.step, use_cache=not no_cache)

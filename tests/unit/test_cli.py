@@ -92,6 +92,39 @@ def test_events_end_with_how_the_command_did(anchor: Anchor, tmp_path: Path) -> 
     assert (said.status, said.out) == (2, "") and "--events" in said.err and "No such file" in said.err
 
 
+def test_events_go_to_no_file_of_another_sort(anchor: Anchor, tmp_path: Path) -> None:
+    bundle, events = tmp_path / "ca.pem", tmp_path / "events"
+    bundle.write_text("-----BEGIN CERTIFICATE-----\n")
+    said = anchor("--events", str(bundle), "stages")
+    assert (said.status, said.out) == (2, "")
+    assert f"--events {bundle}: is there and holds something else. Name another file." in said.err
+    assert bundle.read_text() == "-----BEGIN CERTIFICATE-----\n"
+    with (tmp_path / "log").open("w+", encoding="utf-8") as log:
+        log.write("begun\n")
+        log.flush()
+        assert anchor("--events", f"/dev/fd/{log.fileno()}", "stages").status == 0
+        assert log.read().startswith('{"event": "done"')
+    # Nor to what the command writes or reads.
+    for words in (["render", "--all", "-o", str(events)], ["image", str(events)], ["initramfs", "--ca", str(events)]):
+        said = anchor("--events", str(events), *words)
+        assert (said.status, said.out) == (2, "")
+        assert f"'{events}' is where --events go" in said.err
+        assert json.loads(events.read_text().splitlines()[-1])["event"] == "failed"
+
+
+def test_events_wait_for_no_reader(anchor: Anchor, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = anchor("--events", str(tmp_path / "pipe"), "stages")
+    assert (said.status, said.out) == (2, "")
+    assert f"--events {tmp_path}/pipe: nobody reads from it. Start its reader first." in said.err
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert anchor("--events", str(tmp_path / "pipe"), "stages", "--json").status == 0
+        assert json.loads(os.read(reader, 4096))["event"] == "done"
+    finally:
+        os.close(reader)
+
+
 def test_an_expected_failure_exits_1_without_a_traceback(anchor: Anchor, tmp_path: Path) -> None:
     said = anchor("initramfs", "--image", "squashfs", "--kernel", "/no/such/kernel", "-o", str(tmp_path / "x"))
     assert (said.status, said.out) == (1, "")
@@ -114,21 +147,29 @@ def test_what_an_unset_variable_leaves_is_no_path(
     anchor: Anchor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in (["render", "--image", "squashfs", "-o", ""], ["publish", "", "--to", "."], ["boot", "--kernel", ""]):
+    for words in (
+        ["render", "--image", "squashfs", "-o", ""],
+        ["publish", "", "--to", "."],
+        ["boot", "--kernel", ""],
+        ["--config", "", "stages"],
+        ["--events", "", "stages"],
+    ):
         said = anchor(*words)
         assert (said.status, said.out) == (2, "")
         assert "it is empty" in said.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_result_on_a_full_disk() -> None:
+def test_a_result_on_a_full_disk(tmp_path: Path) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
-        argv = [sys.executable, "-m", "anchor_build", "show", "anchor"]
+        argv = [sys.executable, "-m", "anchor_build", "--events", f"{tmp_path}/events", "show", "anchor"]
         done = subprocess.run(argv, cwd=TOP, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[0]) == (
         1,
         "error: the result cannot be written: No space left on device",
     )
+    ended = json.loads((tmp_path / "events").read_text())
+    assert (ended["event"], ended["error"]) == ("failed", "the result cannot be written: No space left on device")
 
 
 def test_a_directory_that_was_removed_meanwhile(

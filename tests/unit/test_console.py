@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -138,6 +140,32 @@ def test_a_reader_of_events_may_go(capsys: pytest.CaptureFixture[str]) -> None:
     with Path("/dev/full").open("ab", buffering=0) as file, Console(-1, Events(file)).step("boil water"):
         pass
     assert capsys.readouterr().err == "warning: no further events (--events): No space left on device\n"
+
+
+def test_a_reader_of_events_that_does_not_read_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anchor_build.console.READER_S", 0.05)
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    with os.fdopen(writer, "wb", buffering=0) as file, os.fdopen(reader, "rb") as pipe:
+        console = Console(-1, Events(file))
+        console.event("warning", text="x" * 100_000)
+        console.event("done")
+        assert len(pipe.read()) < 100_000
+    assert capsys.readouterr().err == "warning: no further events (--events): nobody reads them\n"
+
+
+def test_a_slow_reader_of_events_gets_them_whole() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    got = bytearray()
+    with os.fdopen(reader, "rb") as pipe:
+        with os.fdopen(writer, "wb", buffering=0) as file:
+            thread = threading.Thread(target=lambda: got.extend(pipe.read()))
+            thread.start()
+            assert Events(file).write("warning", text="x" * 300_000) == ""
+        thread.join()
+    assert json.loads(got)["text"] == "x" * 300_000
 
 
 @pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])

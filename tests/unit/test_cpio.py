@@ -179,6 +179,16 @@ def test_a_damaged_header_names_its_place(tree: Path, read: Read) -> None:
     assert caught.value.hint == "build it again"
 
 
+@pytest.mark.parametrize("kind", list(PACKERS))
+def test_a_cut_off_file_is_called_so_and_no_temporary_one_named(tree: Path, read: Read, kind: str) -> None:
+    (tree / "big").write_bytes(bytes(range(256)) * 64)
+    data = compress(pack(tree), kind)
+    with pytest.raises(AnchorError, match=f"initramfs.img: its {kind} data is cut off or damaged") as caught:
+        read(data[: int(len(data) * 0.9)])
+    assert caught.value.hint == "build it again"
+    assert "packed" not in caught.value.message
+
+
 @pytest.mark.parametrize("size", [b"FFFFFFFF", b"-0000100", b"+0000001", b"  000001"])
 def test_a_damaged_size_does_not_lead_astray(tree: Path, read: Read, size: bytes) -> None:
     data = bytearray(pack(tree))
@@ -260,6 +270,21 @@ def test_only_what_is_in_the_tree_is_read(tree: Path, name: str) -> None:
     (tree / "out").symlink_to("/etc")
     with pytest.raises((ValueError, FileNotFoundError)):
         read_tree(tree, [".", "./etc", "./out", name])
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.5])
+def test_a_time_without_room_in_a_header_is_left_to_cpio(tree: Path, seconds: float) -> None:
+    os.utime(tree / "etc/secret", (seconds, seconds))
+    with pytest.raises(ValueError, match="secret"):
+        read_tree(tree, [".", "./etc", "./etc/secret"])
+
+
+def test_what_no_header_has_room_for_is_left_to_cpio(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anchor_build.cpio.NUMBER_END", int((tree / "etc").stat().st_mtime) + 1)
+    assert set(read_tree(tree, [".", "./etc"]).members) == {".", "etc"}
+    monkeypatch.setattr("anchor_build.cpio.NUMBER_END", int((tree / "etc").stat().st_mtime))
+    with pytest.raises(ValueError, match="tree"):
+        read_tree(tree, [".", "./etc"])
 
 
 def test_a_device_is_left_to_cpio(tree: Path) -> None:

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from anchor_build import files
-from anchor_build.errors import AnchorError
-from anchor_build.files import directory_problems, disk_errors, output_problems, staging, work_directory
+from anchor_build.errors import AnchorError, UsageError
+from anchor_build.files import (
+    directory_problems,
+    disk_errors,
+    output_problems,
+    refuse_overwriting,
+    staging,
+    work_directory,
+)
 from anchor_build.manifest_oci import Signing
 
 
@@ -92,6 +99,15 @@ def test_many_small_files_are_in_memory_where_there_is_room(tmp_path: Path, monk
     monkeypatch.setattr(files, "MEMORY", tmp_path)
     with work_directory(in_memory=True) as work:
         assert work.parent == tmp_path / "cache" / "anchor-build"
+
+
+def test_what_is_no_path_is_no_input(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.touch()
+    refuse_overwriting("--output", [output, tmp_path / "new"], [Path("x" * 300), tmp_path / "gone", output / "x"])
+    (tmp_path / "link").symlink_to("output")
+    with pytest.raises(UsageError, match=r"output: would take the place of .*/link, which is read"):
+        refuse_overwriting("--output", [tmp_path / "new", output], [tmp_path / "link"])
 
 
 def test_the_full_disk_is_named() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from anchor_build import installer
 from anchor_build.elf import dynamic_linker
 from anchor_build.installer import Made
 from anchor_build.root import HOST, Root
+from tests.conftest import TOP
 
 pytestmark = pytest.mark.usefixtures("processes")
 REAL = Path("/usr/lib/dracut/dracut-install")
@@ -86,6 +89,10 @@ CALLS = (
     'mkdir -m 0755 -p "$initdir/a/b" "$initdir/c"; mkdir -p "$initdir/d/e"; mkdir -m 0755 -p "$initdir/f"',
     'mkdir -p "$initdir/d/e"; ln -s d "$initdir/link"; mkdir -p "$initdir/link/more"; mkdir -p "$initdir/d/../z"',
     'mkdir -p "$initdir/file/x"; install /etc/passwd /plain; mkdir -p "$initdir/plain"',
+    'umask 077; mkdir -p "$initdir/priv/a"; install /etc/passwd /kept/users; mkdir -m 0755 -p "$initdir/b/c"',
+    "cd /etc; install -o default/useradd; install -a -o default/useradd default/no-such; install default/useradd /x",
+    "cd /etc; install /etc/passwd rel/x; install -D",
+    """mkdir -p "$initdir/two"$'\n'"lines" """,
 )
 
 
@@ -143,7 +150,7 @@ def test_searches_find_what_the_programs_find(build: Build, tmp_path: Path, sear
 
 def test_the_tree_is_read_instead_of_packed(build: Build) -> None:
     pack = "find . -print0 | LC_ALL=C sort -z | cpio --reproducible --null -H newc -o --quiet"
-    done = build.run(f"install /etc/passwd; ln -s passwd $initdir/etc/link; cd $initdir && {pack}")
+    done = build.run(f"install /etc/passwd; ln -s passwd $initdir/etc/link; umask 077; cd $initdir && {pack}")
     assert (done.returncode, done.stdout) == (0, "")
     assert build.made.tree is not None
     assert list(build.made.tree.members) == [".", "etc", "etc/link", "etc/passwd"]
@@ -165,6 +172,17 @@ def test_nobody_answers(tmp_path: Path) -> None:
     assert {"etc/passwd", "etc/group", "a"} <= killed.contents().keys()
 
 
+def test_a_question_that_no_pipe_takes_is_not_asked(build: Build, tmp_path: Path) -> None:
+    """Where the build is killed meanwhile nobody reads it: here it has the byte for whoever may ask, and no reader."""
+    many = "$(printf '/no/such/file-%05d ' {1..4000})"
+    killed = Build(tmp_path / "killed")
+    byte = f'exec 8<>"{killed.work}/turn" 9<>"{killed.work}/ask"; printf . >&8; '
+    for each in (killed, build):
+        done = each.run(f"{byte if each is killed else ''}install -a -o {many} /etc/passwd")
+        assert done.returncode == 0, done.stderr
+        assert "etc/passwd" in each.contents()
+
+
 def test_a_question_that_cannot_be_read_ends_the_help_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +196,99 @@ def test_a_question_that_cannot_be_read_ends_the_help_at_once(
         assert one.run("install /etc/passwd").returncode == 0
     assert "etc/passwd" in one.contents()
     assert "ValueError" in capsys.readouterr().out
+
+
+def test_a_bug_is_answered_and_raised_when_dracut_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(installer, "_copy", broken)
+    one, done = Build(tmp_path / "one"), None
+    with pytest.raises(IndexError, match="a bug"), installer.installing(HOST, one.work, one.work, ""):
+        done = one.run("install /etc/passwd")
+    assert done is not None and done.returncode == 0
+    assert "etc/passwd" in one.contents()
+
+
+def test_words_are_bytes_in_every_locale() -> None:
+    script = r"""
+import os
+from anchor_build.installer import _Server
+server = _Server(None, None, 0, 0, None, _rest=bytearray(b"id\0path\0" b"1\0/tmp/\xc3\xa4\0"))
+assert os.fsencode(server._question()[2]) == b"/tmp/\xc3\xa4"
+"""
+    env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=TOP, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_owners_are_those_of_cp(tmp_path: Path, keeps: bool) -> None:
+    """Each as cp does it, as root and as another user, who must not make set-user-ID programs of others' files."""
+    source = tmp_path / "source"
+    shutil.copyfile("/usr/bin/true", source)
+    if os.geteuid() == 0:
+        os.chown(source, 65534, 65533)
+    source.chmod(0o6755)
+    wanted = "mode,timestamps" + (",ownership" if keeps else "")
+    subprocess.run(["cp", f"--preserve={wanted}", "-fL", source, tmp_path / "theirs"], check=True)
+    installer._copy(str(source), str(tmp_path / "ours"), keep_owner=keeps)
+    found = [(tmp_path / name).stat() for name in ("ours", "theirs")]
+    facts = [(each.st_mode, each.st_uid, each.st_gid, each.st_mtime_ns) for each in found]
+    assert facts[0] == facts[1]
+
+
+def test_another_user_gets_no_set_user_id_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    shutil.copyfile("/usr/bin/true", source)
+    source.chmod(0o6755)
+    asked = []
+
+    def refuse(_: int, uid: int, gid: int) -> None:
+        asked.append((uid, gid))
+        raise PermissionError
+
+    facts = source.stat()
+    monkeypatch.setattr(os, "fchown", refuse)
+    with source.open("rb") as file:
+        assert installer._give(file.fileno(), facts.st_uid, facts.st_gid)
+        assert not installer._give(file.fileno(), facts.st_uid + 1, facts.st_gid)
+    assert asked == [(facts.st_uid + 1, facts.st_gid), (-1, facts.st_gid)]
+    monkeypatch.setattr(installer, "_give", lambda *_: False)
+    installer._copy(str(source), str(tmp_path / "copy"), keep_owner=True)
+    assert (tmp_path / "copy").stat().st_mode & 0o7777 == 0o755
+
+
+def test_whether_dracut_install_keeps_owners() -> None:
+    assert installer.KEEPS_OWNERS.search(b"\0--preserve=mode,xattr,timestamps,ownership\0")
+    assert installer.KEEPS_OWNERS.search(b"\0--preserve=xattr\0-fLp\0")  # 110
+    assert not installer.KEEPS_OWNERS.search(b"\0--preserve=mode,xattr,timestamps\0-fL\0")  # 056
+
+
+def test_what_the_linker_says_that_is_no_text_is_unknown(tmp_path: Path) -> None:
+    linker, program = tmp_path / "linker", tmp_path / "program"
+    linker.write_bytes(b'#!/bin/sh\n[ "$1" = --list ] && printf "\\tliba.so => /x\\377/liba.so (0x1)\\n"\n')
+    linker.chmod(0o755)
+    shutil.copyfile("/usr/bin/true", program)
+    lister = installer._Lister(str(linker))
+    lister.look_at(str(program))
+    assert lister.libraries([str(program)]) == (set(), [str(program)])
+    lister.stop()
+
+
+def test_the_linker_is_not_waited_for_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installer, "LIST_S", 0.1)
+    linker, program, log = tmp_path / "linker", tmp_path / "program", tmp_path / "log"
+    linker.write_text(f"#!/bin/sh\necho x >>{log}\nexec sleep 60\n", encoding="utf-8")
+    linker.chmod(0o755)
+    shutil.copyfile("/usr/bin/true", program)
+    lister = installer._Lister(str(linker))
+    for _ in range(100):
+        lister.look_at(str(program))
+    while not log.exists():
+        time.sleep(0.01)
+    lister.stop()
+    assert len(log.read_text(encoding="utf-8").split()) < 100
 
 
 def test_it_writes_nothing_outside_the_tree(build: Build, tmp_path: Path) -> None:

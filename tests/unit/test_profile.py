@@ -285,7 +285,7 @@ e = 5
         "anchor.toml: profile.a.add_drivers: is not a known key; did you mean add-drivers?",
         "anchor.toml: profile.a.ca: is not a text",
         "anchor.toml: profile.a.kernel: is not a text",
-        "anchor.toml: profile.a.output: is not a text",
+        "anchor.toml: profile.a.output: is empty",
         "anchor.toml: profile.a.auth: is not a text or a list of texts",
         "anchor.toml: profile.a.transport: names something twice",
         "anchor.toml: profile.a.compress: holds control characters",

@@ -10,7 +10,7 @@ from anchor_build import settings
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.plan import Plan, whole_plan
 from anchor_build.registry import load_registry
-from anchor_build.settings import read_ca, read_settings
+from anchor_build.settings import named_files, read_ca, read_settings
 from tests.conftest import SITE_STAGES
 
 KEY = "rd.anchor.acme.eab_key"
@@ -29,6 +29,11 @@ def problems(plan: Plan, *texts: str) -> list[str]:
     with pytest.raises(UsageError) as caught:
         read_settings(plan, texts)
     return caught.value.message.splitlines()
+
+
+def test_only_a_value_that_begins_with_an_at_names_a_file() -> None:
+    url = f"rd.anchor.squashfs.url=https://s/i?sig=@{'x' * 300}"
+    assert named_files([url, "acme_server=a=@b", f"{KEY}=@key", "x", "y=@"]) == ["key", ""]
 
 
 def test_the_last_value_of_a_parameter_counts_whatever_its_spelling(plan: Plan) -> None:

@@ -47,6 +47,16 @@ def test_a_signature_and_libraries_stay(tmp_path: Path, unstripped: bytes) -> No
     assert stripped(tmp_path, unstripped, links=2) == unstripped
 
 
+def test_with_fips_programs_keep_the_sums_that_they_are_installed_with(tmp_path: Path, unstripped: bytes) -> None:
+    for name, expected in (("base\nfips\n", False), ("base\n", True)):
+        modules = name.encode()
+        members = {
+            "usr/lib/dracut/modules.txt": Member("usr/lib/dracut/modules.txt", 0o100644, len(modules), modules),
+            "usr/bin/x": Member("usr/bin/x", 0o100755, len(unstripped), unstripped),
+        }
+        assert bool(strip(Initramfs(members, "none"), HOST, tmp_path)) is expected
+
+
 def test_what_is_stripped_already_and_what_is_no_program(tmp_path: Path) -> None:
     for content in (Path("/usr/bin/true").read_bytes(), b"#!/bin/sh\n# .debug_info\n"):
         assert stripped(tmp_path, content) == content

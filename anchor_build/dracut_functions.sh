@@ -1,4 +1,4 @@
-#!/bin/bash
+# shellcheck shell=bash
 # Read by dracut with its configuration, and by the stand-in for dracut-install: what a build does for dracut itself,
 # instead of the programs that dracut would start some hundred times. installer.py is the other end.
 # shellcheck disable=SC2154 # anchor_place, the work directory, is set before

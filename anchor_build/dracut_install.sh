@@ -1,4 +1,4 @@
-#!/bin/bash
+# shellcheck shell=bash
 # dracut-install ARGUMENTS…: called by dracut's xargs at the end, for all programs (-D DIRECTORY -R -- PROGRAM…); of most
 # the build knows what they are linked with. dracut's own calls go to a function of this path.
 

@@ -110,7 +110,8 @@ def prepare(work: Path, seen: Path) -> str:
     shutil.copyfile(Path(__file__).parent / FUNCTIONS, work / FUNCTIONS)
     program = work / "dracut" / INSTALL
     program.unlink(missing_ok=True)  # the link to the real one
-    shutil.copyfile(Path(__file__).parent / PROGRAM, program)
+    # Installed, it is no program: packages have it without its mode.
+    program.write_text(f"#!/bin/bash\n{(Path(__file__).parent / PROGRAM).read_text('utf-8')}", encoding="utf-8")
     program.chmod(0o755)
     return CONFIGURATION.format(place=seen, functions=FUNCTIONS, install=INSTALL)
 

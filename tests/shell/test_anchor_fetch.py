@@ -339,7 +339,7 @@ def test_where_memory_is_tight_the_initramfs_gives_up_its_drivers(node: Node, kn
         (67, TIGHT, True),  # does not fit without the initramfs either
         (57, TIGHT, True),  # does not fit without the drivers either
         (40, TIGHT, False),  # no image in memory
-        (40, TIGHT + 'anchor_memory__bare() { return 1; }', True),  # something is mounted there
+        (40, TIGHT + "anchor_memory__bare() { return 1; }", True),  # something is mounted there
         (40, TIGHT + 'command rm "$ANCHOR_ROOT/etc/initrd-release"', True),  # an installed system
     ],
 )

@@ -48,7 +48,7 @@ class S3Site:
     s3: servers.S3
 
     def requests(self) -> list[str]:
-        """Return method, path and status of the requests since the last call, but not of `put`, which are logged late."""
+        """Return method, path and status of the requests since the last call; those of `put` are logged late."""
         text = self.s3.access_log.read_text()
         self.s3.access_log.write_text("")
         found = re.findall(r'"([A-Z]+ \S+) HTTP/1.1" (\d+)', text)

@@ -37,7 +37,9 @@ READY = re.compile(r"Reached target \S*multi-user\.target")
 FAILED = re.compile(
     r"emergency mode|Kernel panic|Out of memory|dracut: Refusing to continue|Timed out waiting|could not boot"
 )
+# Seconds that a boot may take, and more for each MB that an image is enlarged to.
 BOOT_LIMIT_S = 180.0
+MB_LIMIT_S = 0.4
 # MB, between which the least memory is looked for beside the image, and how exactly.
 MEMORY_RANGE = (128, 1024)
 MEMORY_STEP = 16
@@ -71,7 +73,7 @@ def timed(action: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def boot(contender: Contender, kernel: Path, memory: str, work: Path) -> Boot:
+def boot(contender: Contender, kernel: Path, memory: str, work: Path, image_mb: int = 0) -> Boot:
     """Boot once; raises AnchorError with the end of the console when it does not come up in time."""
     console = work / "console.log"
     events = work / "events"
@@ -90,7 +92,8 @@ def boot(contender: Contender, kernel: Path, memory: str, work: Path) -> Boot:
     child = start([qemu.find_qemu(), *qemu.arguments(machine, work, console)], log=work / "qemu.log")
     began = time.monotonic()
     try:
-        while time.monotonic() - began < BOOT_LIMIT_S and child.poll() is None:
+        limit = BOOT_LIMIT_S + image_mb * MB_LIMIT_S
+        while time.monotonic() - began < limit and child.poll() is None:
             text = console.read_text(encoding="utf-8", errors="replace")
             for name, what in (("switch_root", SWITCH), ("ready", READY)):
                 if name not in seen and what.search(text):
@@ -137,8 +140,7 @@ def build_ours(site: image.SiteImage, ca: Path, output: Path, auth: str) -> None
 def least_memory(contender: Contender, kernel: Path, work: Path, image_mb: int) -> int | None:
     """Return the least memory in MB, to MEMORY_STEP, with which the node still comes up; nothing where it never does.
 
-    An image of more than 100 MB comes on top of MEMORY_RANGE. Each try takes BOOT_LIMIT_S at most, and there are as
-    many as the halvings of MEMORY_RANGE.
+    An image of more than 100 MB comes on top of MEMORY_RANGE. There are as many tries as halvings of MEMORY_RANGE.
     """
     more = image_mb if image_mb > SMALL_MB else 0
     low, high = ((size + more) // MEMORY_STEP for size in MEMORY_RANGE)
@@ -146,7 +148,7 @@ def least_memory(contender: Contender, kernel: Path, work: Path, image_mb: int) 
     while low < high:
         middle = (low + high) // 2
         try:
-            boot(contender, kernel, f"{middle * MEMORY_STEP}M", work)
+            boot(contender, kernel, f"{middle * MEMORY_STEP}M", work, image_mb)
         except AnchorError:
             low = middle + 1
         else:
@@ -230,7 +232,7 @@ def measure(
             with console.step(f"run {n + 1} of {options.runs}: build and boot {name}"):
                 if name in builders:
                     seconds[name].setdefault("build s", []).append(timed(builders[name]))
-                result = boot(contender, site.kernel, options.node_memory, work)
+                result = boot(contender, site.kernel, options.node_memory, work, options.image_mb)
                 seconds[name].setdefault("switch_root s", []).append(result.switch_root)
                 seconds[name].setdefault("ready s", []).append(result.ready)
                 phases[name].append(result.phases)

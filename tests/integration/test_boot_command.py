@@ -33,6 +33,8 @@ say '{{"event":"boot","version":"0.2","kernel":"6.1"}}'
 read -r up rest </proc/uptime
 say '{{"event":"begin","step":"auth","stage":"acme","at_ms":1000}}'
 echo "init after $up s, clock $(busybox date -u +%Y)"
+# The console is slower than the other port: this waits until it has all.
+busybox stty sane </dev/console
 case $scene in
     failed)
         say '{{"event":"failed","step":"auth","stage":"acme","error":"no account",\

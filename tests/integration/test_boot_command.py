@@ -41,6 +41,11 @@ case $scene in
 "hint":"make one","on_failure":"shell"}}'
         ;;
     panic) exit 1 ;;
+    patched)
+        echo "Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
+        busybox stty sane </dev/console
+        exit 1
+        ;;
     off) busybox poweroff -f ;;
     emergency) printf '\\033[1mEntering emergency mode.\\033[0m Exit the shell to continue.\\n' ;;
     hang) ;;
@@ -159,6 +164,16 @@ def test_a_crash_of_qemu_is_no_fault_of_the_node(kernel: Path, initrd: Path, tmp
     machine = Machine(kernel, initrd, "quiet scene=hang", memory="256M")
     with pytest.raises(AnchorError, match=r"^QEMU crashed \(SIGSEGV\)"):
         qemu.boot(machine, timeout=60, console=console, watcher=Crash())
+
+
+@pytest.mark.flaky(reruns=0)
+def test_a_guest_that_the_emulation_ends_is_none_of_the_nodes_faults(
+    kernel: Path, initrd: Path, tmp_path: Path
+) -> None:
+    """The kernel's words are made up here: nobody can make QEMU do that when it should."""
+    machine = Machine(kernel, initrd, "quiet scene=patched", memory="256M", accel="tcg")
+    with pytest.raises(AnchorError, match=r"^QEMU crashed its guest: "):
+        qemu.boot(machine, timeout=60, console=tmp_path / "console")
 
 
 def test_garbage_does_not_hide_the_report(kernel: Path, initrd: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ anchor_stream__open() {
         return 1
     fi
     (
-        anchor_fetch__digest <"$work/copy" >"$work/sha256" &
+        anchor_fetch_digest <"$work/copy" >"$work/sha256" &
         anchor_stream__pump | tee "$work/copy" | anchor_stream__sink
         wait "$!"
     ) &

@@ -172,7 +172,7 @@ anchor_disk__sink() {
         anchor_fail "the image is packed with ${unpack%% *}, which is not in the initramfs" "install it where the initramfs is built"
         return 2
     fi
-    anchor_fetch__digest <"$dir/raw" >"$dir/raw.sha256" &
+    anchor_fetch_digest <"$dir/raw" >"$dir/raw.sha256" &
     reader=$!
     {
         cat "$dir/magic" - | {
@@ -180,7 +180,7 @@ anchor_disk__sink() {
             $unpack 2>"$dir/unpack-error"
             printf '%s\n' "$?" >"$dir/unpacked"
         }
-    } | tee "$dir/raw" | anchor_disk__write | anchor_disk__read_back | anchor_fetch__digest >"$dir/back.sha256"
+    } | tee "$dir/raw" | anchor_disk__write | anchor_disk__read_back | anchor_fetch_digest >"$dir/back.sha256"
     wait "$reader"
     anchor_recall "$dir/unpacked"
     status=${anchor_recall:-1}
@@ -364,12 +364,12 @@ anchor_disk__complete() {
         return 1
     }
     read -r sum rest <<EOT
-$(anchor_fetch__digest <"$head")
+$(anchor_fetch_digest <"$head")
 EOT
     dd if="$anchor_disk__device" of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null || direct=
     [ -n "$direct" ] || blockdev --flushbufs "$anchor_disk__device"
     read -r back rest <<EOT
-$(anchor_disk__read 0 "$length" | head -c "$length" | anchor_fetch__digest)
+$(anchor_disk__read 0 "$length" | head -c "$length" | anchor_fetch_digest)
 EOT
     if [ "$sum" != "$back" ]; then
         dd if="$anchor_disk__dir/mark" of="$anchor_disk__device" conv=notrunc,nocreat,fsync 2>/dev/null

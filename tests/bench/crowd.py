@@ -28,7 +28,7 @@ LIMIT_S = 300
 FILE = b"image" * 200
 PARAMETERS = {"timeout": "300", "connect_timeout": "30", "stall": "30", "attempts": "20", "reserve": "1048576"}
 NODE = """
-for lib in report fetch http; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report fetch fetch-mirrors fetch-digest fetch-room http; do . "$LIB/anchor-$lib.sh" || exit 9; done
 . "$STAGES/transport-https/stage.sh" || exit 9
 anchor_stage_for_scheme() { anchor_transport=https anchor_transport_needs_digest=1; }
 read -r go <"$GO"

@@ -34,7 +34,7 @@ NODE_LIMIT_S = 1800
 # The digest of the read-back is then that of what was written, without a look at the disk.
 NO_READ_BACK = """
 anchor_disk__read_back() { cat >/dev/null; }
-anchor_fetch__digest() {
+anchor_fetch_digest() {
     local into
     { into=$(readlink /proc/self/fd/3); } 3>&1
     case $into in

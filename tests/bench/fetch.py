@@ -28,7 +28,9 @@ LIMIT_S = 60
 POLL_S = 0.02
 PARAMETERS = {"timeout": "900", "connect_timeout": "10", "stall": "20", "attempts": "8", "reserve": str(64 << 20)}
 NODE = """
-for lib in report mounts memory params fetch http; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory params fetch fetch-mirrors fetch-digest fetch-room http; do
+    . "$LIB/anchor-$lib.sh" || exit 9
+done
 . "$STAGES/transport-https/stage.sh" && . "$STAGES/image-squashfs/stage.sh" || exit 9
 anchor_stage_for_scheme() { anchor_transport=https anchor_transport_needs_digest=0; }
 mkdir -p "$ANCHOR_ROOT/run/anchor/lower" || exit 9

@@ -87,7 +87,9 @@ SEEN = re.compile(r"probe: (\d+) of (\d+) kB")
 
 # The image step on this host.
 STEP = """
-for lib in report params mounts memory fetch stream http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report params mounts memory fetch fetch-mirrors fetch-digest fetch-room stream http oci; do
+    . "$LIB/anchor-$lib.sh" || exit 9
+done
 . "$STAGES/image-$NAME/stage.sh" || exit 9
 LC_ALL=C anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/1000
 export LC_ALL

@@ -23,9 +23,8 @@ def loop(transport: str, schemes: Mapping[str, bool], *files: str) -> str:
     from: 0 makes the waits as short as they can be. It is used for other things, too, with other options.
     """
     arms = "".join(f"{scheme}) anchor_transport_needs_digest={int(need)} ;; " for scheme, need in schemes.items())
-    sources = "".join(
-        f'. "{file}"\n' for file in ("$LIB/anchor-report.sh", "$LIB/anchor-mounts.sh", "$LIB/anchor-fetch.sh", *files)
-    )
+    libraries = ("report", "mounts", "fetch", "fetch-mirrors", "fetch-digest", "fetch-room")
+    sources = "".join(f'. "{file}"\n' for file in (*(f"$LIB/anchor-{name}.sh" for name in libraries), *files))
     return f"""{sources}
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
 anchor_stage_for_scheme() {{

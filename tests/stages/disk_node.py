@@ -39,7 +39,9 @@ DEFAULTS = {
     "disk_bs": "65536",
 }
 LOAD = r"""
-for lib in report types params fetch http stream oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report types params fetch fetch-mirrors fetch-digest fetch-room http stream oci; do
+    . "$LIB/anchor-$lib.sh" || exit 9
+done
 . "$STAGES/transport-s3/anchor-s3.sh" || exit 9
 for transport in https file s3 rsync; do . "$STAGES/transport-$transport/stage.sh" || exit 9; done
 for file in anchor-disk anchor-disk-kexec stage; do . "$STAGES/image-disk/$file.sh" || exit 9; done

@@ -34,7 +34,7 @@ for where; do :; done
 exec /bin/mount --bind "$EXPORT" "$where"
 """
 LOAD = """
-for lib in report mounts fetch credentials nfs; do . "$LIB/anchor-$lib.sh"; done
+for lib in report mounts fetch fetch-mirrors fetch-digest fetch-room credentials nfs; do . "$LIB/anchor-$lib.sh"; done
 . "$STAGE"
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10
 """

@@ -31,7 +31,7 @@ NAME = "node17.example.org"
 OTHER_TOKEN = "0123456789abcdef"  # noqa: S105 - nobody's
 
 SCRIPT = r"""
-for lib in anchor-report anchor-http anchor-fetch anchor-credentials; do . "$LIB/$lib.sh"; done
+for lib in report http fetch fetch-mirrors fetch-digest fetch-room credentials; do . "$LIB/anchor-$lib.sh"; done
 . "$STAGE/anchor-token.sh"
 . "$STAGE/stage.sh"
 anchor_step_dir=$ANCHOR_ROOT/run/anchor/steps/10

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
-for lib in report mounts memory fetch http oci; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory fetch fetch-mirrors fetch-digest fetch-room http oci; do
+    . "$LIB/anchor-$lib.sh" || exit 9
+done
 . "$STAGE" || exit 9
 LC_ALL=C
 export LC_ALL

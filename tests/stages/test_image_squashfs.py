@@ -23,7 +23,9 @@ URL = "https://store.example/images/node.squashfs"
 SHA256 = "0" * 64
 
 LOAD = """
-for lib in report mounts memory params fetch; do . "$LIB/anchor-$lib.sh" || exit 9; done
+for lib in report mounts memory params fetch fetch-mirrors fetch-digest fetch-room; do
+    . "$LIB/anchor-$lib.sh" || exit 9
+done
 . "$STAGE" || exit 9
 anchor_step_dir="$ANCHOR_ROOT/run/anchor/steps/10"
 IMAGE_DIR="$ANCHOR_ROOT/run/anchor/image" LOWER="$ANCHOR_ROOT/run/anchor/lower"

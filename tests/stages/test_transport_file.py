@@ -13,7 +13,7 @@ from tests.shell.conftest import SHELLS, TOP, Shell
 
 STAGE = TOP / "dracut-modules/transport-file/stage.sh"
 DATA = hashlib.shake_256(b"in place").digest(2_500_000)
-LOAD = '. "$LIB/anchor-report.sh" && . "$LIB/anchor-fetch.sh" && . "$STAGE" || exit 9\n'
+LOAD = 'for lib in report fetch fetch-room; do . "$LIB/anchor-$lib.sh" || exit 9; done; . "$STAGE" || exit 9\n'
 PLACE = LOAD + 'anchor_file_place "$1" && printf "%s\\n" "$anchor_fetch_placed"'
 RUN = (
     LOAD

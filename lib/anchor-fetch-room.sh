@@ -66,19 +66,23 @@ anchor_fetch__budget() {
 # emptied the initramfs, the reserve has to be free. Sets also anchor_fetch_fits_why, the numbers behind it,
 # anchor_fetch_fits_later, what the second condition alone would let in, and anchor_fetch_available.
 anchor_fetch_fits() {
-    local key value rest back=0 work=$ANCHOR_FETCH_WORK anchor_fetch_size
+    local key value rest back=0 files=0 work=$ANCHOR_FETCH_WORK anchor_fetch_size
     anchor_fetch_available=
     anchor_fetch_fits=
     [ -r "${ANCHOR_ROOT:-}/proc/meminfo" ] || return 0
     while read -r key value rest; do
         case $key in
             MemAvailable:) anchor_fetch_available=$((value * 1024)) ;;
-            # A ramfs cannot be evicted, and the initramfs is one; what else cannot is locked.
+            # A ramfs cannot be evicted, and the initramfs is one. What else cannot is locked, or shared memory that a graphics
+            # driver holds (drm_gem_get_pages), which no ramfs is.
             Unevictable:) back=$((back + value * 1024)) ;;
             Mlocked:) back=$((back - value * 1024)) ;;
+            Cached:) files=$((files + value * 1024)) ;;
+            Shmem:) files=$((files - value * 1024)) ;;
         esac
     done <"${ANCHOR_ROOT:-}/proc/meminfo"
     [ -n "$anchor_fetch_available" ] || return 0
+    [ "$back" -le "$files" ] || back=$files
     # These stay (anchor-embedded.sh).
     anchor_fetch_size "${ANCHOR_ROOT:-}/etc/anchor/images.squashfs"
     back=$((back - anchor_fetch_size))

@@ -96,11 +96,14 @@ def prepared(shell: Shell) -> Node:
     return node
 
 
-def memory(root: Path, kib: int, initramfs: int = 0) -> None:
-    """Write what the kernel says of memory; `initramfs` is what it cannot evict but for 300 kB that are locked."""
+def memory(root: Path, kib: int, initramfs: int = 0, graphics: int = 0) -> None:
+    """Write what the kernel says of memory, in its order.
+
+    Of what it cannot evict, `initramfs` and `graphics` (buffers of a graphics driver) are not locked, and 300 kB are.
+    """
     (root / "proc/meminfo").write_text(
-        f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\n"
-        f"Unevictable: {initramfs + 300} kB\nMlocked: 300 kB\n"
+        f"MemTotal: {kib * 2} kB\nMemFree: 1 kB\nMemAvailable: {kib} kB\nCached: {initramfs + graphics + 800} kB\n"
+        f"Unevictable: {initramfs + graphics + 300} kB\nMlocked: 300 kB\nShmem: {graphics + 800} kB\n"
     )
 
 
@@ -276,6 +279,10 @@ def test_what_switch_root_gives_back_counts(node: Node) -> None:
         "it needs 80.0 MiB, and 76.0 MiB fit (100.0 MiB of memory available and 40.0 MiB more after switch_root, "
         "of which 64.0 MiB stay free)"
     ) in done.stderr
+    # A framebuffer stays, though it cannot be evicted either.
+    memory(node.shell.root, 100 * 1024, initramfs=40 * 1024, graphics=32 * 1024)
+    done = node.fetch('printf x >>"$2"', reserve=64 << 20, size=80 << 20)
+    assert "and 76.0 MiB fit (100.0 MiB of memory available and 40.0 MiB more after switch_root" in done.stderr
     # The container images of the initramfs are still there afterwards.
     images = node.shell.root / "etc/anchor/images.squashfs"
     with images.open("wb") as file:
@@ -308,7 +315,7 @@ modprobe() { [ -d "$ANCHOR_ROOT/usr/lib/modules/6.1" ] && printf '%s\n' "$*" >>"
 rm() {
     command rm "$@" || return 1
     case $* in
-        *modules*) printf 'MemAvailable: 71680 kB\nUnevictable: 61440 kB\n' >"$ANCHOR_ROOT/proc/meminfo" ;;
+        *modules*) printf '%s kB\n' 'MemAvailable: 71680' 'Cached: 61440' 'Unevictable: 61440' >"$ANCHOR_ROOT/proc/meminfo" ;;
     esac
 }
 """

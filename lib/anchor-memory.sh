@@ -66,12 +66,16 @@ anchor_memory__bare() {
 # usage: anchor_memory_shed
 # Frees what the initramfs itself has in memory and no later step reads: drivers, once those are loaded that the steps need,
 # and firmware. A device that appears now has to wait for the booted system. For anchor_fetch, when a file would not fit;
-# needs anchor-fetch.sh, and what anchor_memory_spare sets. Status 1 where less than all could be freed.
+# needs anchor-fetch.sh, its local urls, and what anchor_memory_spare sets. Status 1 where less than all could be freed.
 anchor_memory_shed() {
-    local dir stage drivers='' before status=0
+    local dir stage url drivers='' before status=0 needed=' ' anchor_transport anchor_transport_needs_digest
+    # The image is the last file that is fetched; what brought a manifest has its drivers.
+    for url in $urls; do
+        ! anchor_stage_for_scheme "${url%%://*}" || needed="${needed}transport_$anchor_transport "
+    done
     for stage in ${anchor_stages:-}; do
-        case $stage in
-            core_* | transport_* | "image_${anchor_image:-}")
+        case $stage:$needed in
+            core_*:* | "image_${anchor_image:-}:"* | *:*" $stage "*)
                 "anchor_${stage}_drivers"
                 drivers="$drivers $anchor_drivers"
                 ;;

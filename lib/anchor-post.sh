@@ -11,6 +11,7 @@
 #   wake, stop   the sender's FIFO, and the file that ends it
 #   request      the URL, which may hold a password: for curl's eyes only
 #   error        why the last request failed; empty after a success
+#   took         how long the last success took, in milliseconds
 #
 # Needs anchor-report.sh. curl from 7.61 on.
 # shellcheck disable=SC2153 # ANCHOR_REPORT is the directory, anchor_report the URL
@@ -56,13 +57,18 @@ anchor_post_start() {
 }
 
 # usage: anchor_post_wait MILLISECONDS
-# Waits until all is taken, but no longer than that, and not at all where the last request failed or nobody sends.
-# For the moments after which the sender is gone.
+# Waits until all is taken, but no longer than that, and not at all where the last request failed or nobody sends. Where
+# requests take their time it waits for three of them, if that is more, because one may be under way and the next one has
+# the rest; but no longer than one may take. For the moments after which the sender is gone.
 anchor_post_wait() {
-    local end next
+    local end next most="$1"
     [ -p "$ANCHOR_REPORT/wake" ] && [ -e "$ANCHOR_REPORT/sent" ] || return 0
+    anchor_recall "$ANCHOR_REPORT/took"
+    anchor_recall=$((${anchor_recall:-0} * 3))
+    [ "$anchor_recall" -le $((ANCHOR_POST_SECONDS * 1000)) ] || anchor_recall=$((ANCHOR_POST_SECONDS * 1000))
+    [ "$anchor_recall" -le "$most" ] || most=$anchor_recall
     anchor_uptime_ms
-    end=$((anchor_uptime_ms + $1))
+    end=$((anchor_uptime_ms + most))
     while [ "$anchor_uptime_ms" -lt "$end" ]; do
         anchor_recall "$ANCHOR_REPORT/next"
         next=$anchor_recall
@@ -172,7 +178,7 @@ anchor_post__machine() {
 # Makes one request with the batch, with the client certificate once there is one. Status 0 when the server took it;
 # else why it did not is in error.
 anchor_post__curl() {
-    local ca="$ANCHOR_REPORT/ca.pem" code text='' credentials="$ANCHOR_RUN/credentials"
+    local began ca="$ANCHOR_REPORT/ca.pem" code text='' credentials="$ANCHOR_RUN/credentials"
     # In the booted system there is only the copy.
     [ -e "$ca" ] || ca="${ANCHOR_ROOT:-}/etc/anchor/ca.pem"
     set -- --silent --show-error --globoff --http1.1 --tlsv1.2 --proto '=https,http' \
@@ -183,9 +189,15 @@ anchor_post__curl() {
     if [ -s "$credentials/client.crt" ] && [ -s "$credentials/client.key" ]; then
         set -- "$@" --cert "$credentials/client.crt" --key "$credentials/client.key"
     fi
+    anchor_uptime_ms
+    began=$anchor_uptime_ms
     code=$(curl --disable "$@" </dev/null 2>"$ANCHOR_REPORT/curl")
     case $?:$code in
-        0:2??) return 0 ;;
+        0:2??)
+            anchor_uptime_ms
+            anchor_keep "$ANCHOR_REPORT/took" $((anchor_uptime_ms - began))
+            return 0
+            ;;
         0:*) text="the server answered with status $code" ;;
         127:*) text="curl is missing" ;;
         *) IFS= read -r text <"$ANCHOR_REPORT/curl" ;;

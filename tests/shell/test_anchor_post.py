@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import shutil
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from contrib.reports.receiver import Handler, tls
+from contrib.serving import in_a_thread
 from contrib.site import pki
 from tests.reports import receiver
 from tests.shell.conftest import Shell
@@ -116,6 +118,26 @@ def test_a_receiver_that_never_answers_holds_up_the_end_for_its_limit_only(trust
         done = trusting.run(script, f"http://127.0.0.1:{listener.getsockname()[1]}/")
     assert 400 <= int(done.stdout) < 1500
     assert "warning: not all reports were taken" in done.stderr
+
+
+def test_a_receiver_that_is_slow_gets_the_end_all_the_same(trusting: Shell) -> None:
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(0.7)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    taken = 'until [ "$(cat "$ANCHOR_REPORT/sent")" = 2 ]; do sleep 0.05; done\n'
+    # At the end a request may be under way, and the last event comes with the one after it.
+    script = LOAD + "anchor_report=$1; anchor_post_open; anchor_post_start" + STEP + taken + STEP
+    script += HAND_OFF.replace("5000", "500")
+    with http.server.HTTPServer(("127.0.0.1", 0), Slow) as server, in_a_thread(server):
+        done = trusting.run(script, f"http://127.0.0.1:{server.server_address[1]}/")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("status", [301, 404, 503])

@@ -288,8 +288,8 @@ anchor_oci__squash() {
     case $anchor_oci__whole:$anchor_oci__type in
         1:*gzip | 1:*zstd) ;;
         *)
-            # A plain tar goes through cat, and some of these only pass on the file's pages: what was taken out of a hole then
-            # would be missing, though the file's position is behind it.
+            # A plain tar goes through cat, and busybox's only passes on the file's pages: of a large page, what is given back
+            # behind the file's position would come as zeros.
             anchor_oci_stream "$1" "$2" "$anchor_oci_dir/$anchor_oci__n/stream" anchor_oci__convert
             return
             ;;

@@ -530,6 +530,31 @@ def test_a_layer_that_nobody_has_to_its_end_leaves_nothing(dash: Node) -> None:
     assert processes_of(dash.shell.root) == []
 
 
+def test_a_plain_layer_is_whole_where_busybox_copies_it(
+    dash: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """busybox's cat passes pages on (sendfile): of a large one, what is taken out behind its position comes as zeros."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cat").symlink_to(shutil.which("busybox") or "busybox is missing")
+    digest = push(dash.site.plain, "team/plain", NOISY, ("",))
+    # Large pages, where this kernel has them, and as many holes as there can be in all that comes as a file.
+    holes = """
+mount() {
+    case $* in
+        '-t tmpfs '*) command mount -o huge=always "$@" 2>/dev/null && return ;;
+    esac
+    command mount "$@"
+}
+sleep() { command sleep 0.01; }
+ANCHOR_OCI_FREE=1 LC_ALL=C
+"""
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", SCRIPT.replace("LC_ALL=C\n", holes))
+    given = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **PATIENCE}
+    done = dash.run(f"https://{dash.site.mutual.host}/team/plain@sha256:{digest}", given=given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == facts_of(str(unpacked_by_umoci(NOISY, tmp_path)))
+
+
 RELEASE = """
 ANCHOR_OCI_FREE=1
 mount -t tmpfs tmpfs "$LOWER" && head -c 12000000 /dev/urandom >"$LOWER/c1" && exec 4<"$LOWER/c1" || exit 9

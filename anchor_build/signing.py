@@ -144,8 +144,8 @@ def _failure(done: Completed, secret: str | None) -> ProcessError:
 
 def _hint(output: str, secret: str | None) -> str:
     """Return what to do about what openssl said, in the words of openssl 1.1 and 3 and of its engine."""
-    if not output:
-        return "is it pkcs11:token=...;object=...? openssl's PKCS#11 engine ends so at a URI that is none"
+    if not output or "is not a valid PKCS#11 URI" in output:
+        return "is it pkcs11:token=...;object=...? openssl's PKCS#11 engine crashes at a URI that is none"
     if "invalid engine" in output or "could not load the shared library" in output:
         return "install openssl's PKCS#11 engine: libengine-pkcs11-openssl (deb) or openssl-pkcs11 (rpm)"
     if "PIN incorrect" in output or "PIN locked" in output:

@@ -192,6 +192,7 @@ def test_a_key_in_a_token_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("0000", uri, "is the PIN right"),
         ("1234", uri.replace("manifest", "absent"), "what the token holds"),
         ("1234", uri.replace("site", "absent"), "what the token holds"),
+        ("1234", "pkcs11:site/manifest", "is it pkcs11:token="),
     ):
         (tmp_path / "pin").write_text(f"{pin}\n")
         with pytest.raises(ProcessError) as caught:

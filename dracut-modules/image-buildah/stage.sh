@@ -8,7 +8,7 @@
 # While it works: /run/anchor/buildah, a tmpfs, has buildah's storage (overlay: with vfs each layer would be a copy of all
 # below it) and its temporary files; /run/anchor/buildah.d its settings, certificates and credentials, for root alone. What
 # stays is /run/anchor/image/image.
-# shellcheck disable=SC2154 # anchor_buildah_* are this stage's parameters; anchor-oci.sh, -fetch.sh and -image.sh set the rest
+# shellcheck disable=SC2154 # anchor_buildah_* are this stage's parameters; anchor-oci.sh and others set the rest
 
 ANCHOR_BUILDAH_PROGRESS_S=5      # between two lines of progress
 ANCHOR_BUILDAH_COMPRESSION=lz4   # as oci's: what is faster to make counts more than what is smaller

@@ -87,7 +87,7 @@ SEEN = re.compile(r"probe: (\d+) of (\d+) kB")
 
 # The image step on this host.
 STEP = """
-for lib in report params mounts memory fetch fetch-mirrors fetch-digest fetch-room stream http oci; do
+for lib in report params mounts memory fetch fetch-mirrors fetch-digest fetch-room stream http oci registry; do
     . "$LIB/anchor-$lib.sh" || exit 9
 done
 . "$STAGES/image-$NAME/stage.sh" || exit 9

@@ -39,7 +39,7 @@ STEP = """
 LC_ALL=C anchor_step_dir=/run/anchor/steps/10
 export LC_ALL
 mkdir -p "$anchor_step_dir" /run/anchor/credentials /run/anchor/lower || exit 9
-for lib in types report params mounts memory fetch fetch-mirrors fetch-digest fetch-room http oci; do
+for lib in types report params mounts memory fetch fetch-mirrors fetch-digest fetch-room http oci registry; do
     . "/usr/lib/anchor/lib/anchor-$lib.sh" || exit 9
 done
 . /usr/lib/anchor/stages/image/*-buildah/stage.sh || exit 9

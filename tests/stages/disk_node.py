@@ -39,7 +39,7 @@ DEFAULTS = {
     "disk_bs": "65536",
 }
 LOAD = r"""
-for lib in report types params fetch fetch-mirrors fetch-digest fetch-room http stream oci; do
+for lib in report types params fetch fetch-mirrors fetch-digest fetch-room http stream oci registry; do
     . "$LIB/anchor-$lib.sh" || exit 9
 done
 . "$STAGES/transport-s3/anchor-s3.sh" || exit 9

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
-for lib in report mounts memory fetch fetch-mirrors fetch-digest fetch-room http oci; do
+for lib in report mounts memory fetch fetch-mirrors fetch-digest fetch-room http oci registry; do
     . "$LIB/anchor-$lib.sh" || exit 9
 done
 . "$STAGE" || exit 9

@@ -34,7 +34,7 @@ STAGE = TOP / "dracut-modules/image-oci/stage.sh"
 WRONG = "not " + PASSWORD
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SCRIPT = """
-for lib in report params mounts memory fetch fetch-mirrors fetch-digest fetch-room stream http oci; do
+for lib in report params mounts memory fetch fetch-mirrors fetch-digest fetch-room stream http oci registry; do
     . "$LIB/anchor-$lib.sh" || exit 9
 done
 . "$STAGE" || exit 9

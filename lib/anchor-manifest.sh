@@ -312,11 +312,14 @@ anchor_manifest__once() {
 # from the future. Reads name. What is wrong may be the clock, and a message says so.
 anchor_manifest__timely() {
     local now since clock
-    now=$(date -u +%s)
-    clock=$(date -u '+%Y-%m-%d %H:%M:%S UTC')
+    if ! clock=$(date -u '+%s %Y-%m-%d %H:%M:%S UTC'); then
+        anchor_manifest__refuse "whether it is of this time cannot be told" "date failed: is it in the initramfs?"
+        return 1
+    fi
+    now=${clock%% *}
+    clock=${clock#* }
     anchor_recall "${ANCHOR_ROOT:-}/etc/anchor/manifest-since"
     since=${anchor_recall:-0}
-    anchor_manifest__date "$anchor_manifest_created"
     case $since in
         *[!0-9]* | ???????????????????*)
             anchor_fail "/etc/anchor/manifest-since does not hold a time" "build the initramfs anew"
@@ -324,11 +327,13 @@ anchor_manifest__timely() {
             ;;
     esac
     if [ "$anchor_manifest_created" -lt "$since" ]; then
+        anchor_manifest__date "$anchor_manifest_created"
         anchor_manifest__refuse "it is of $anchor_manifest_date, older than this initramfs allows (--manifest-since)" \
             "somebody serves an old manifest, or the initramfs is newer than the image: publish the manifest anew"
         return 1
     fi
     if [ "$anchor_manifest_created" -gt $((now + ANCHOR_MANIFEST_SKEW)) ]; then
+        anchor_manifest__date "$anchor_manifest_created"
         anchor_manifest__refuse "it is of $anchor_manifest_date, but the clock says $clock" \
             "set the clock: rd.anchor.clock.ntp=, or the node's hardware clock"
         return 1

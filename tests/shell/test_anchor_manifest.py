@@ -286,6 +286,14 @@ def test_an_expired_manifest_is_refused_with_the_clock(signed: Node, keys: Keys)
     assert "rd.anchor.clock.ntp=" in signed.told("hint")
 
 
+def test_without_a_clock_no_manifest_is_taken_for_timely(signed: Node, keys: Keys) -> None:
+    (signed.www / "m").write_text(keys.sign(replace(MANIFEST, expires=int(time.time()) - 1)))
+    with (signed.shell.root / "stand-ins.sh").open("a") as file:
+        file.write("date() { return 1; }\n")
+    assert signed.run().returncode == 1
+    assert "whether it is of this time cannot be told" in signed.told("error")
+
+
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is missing")
 @pytest.mark.parametrize(
     ("clock", "words"),

@@ -56,20 +56,14 @@ anchor_nfs_options() {
                 fi
                 anchor_nfs_versions=$value
                 ;;
-            port=* | mountport=*)
-                anchor_nfs__number "$value" 1 65535 || anchor_nfs__unknown "$option" || return 1
-                anchor_nfs_passed=$anchor_nfs_passed,$option
-                ;;
-            rsize=*)
-                anchor_nfs__number "$value" 1024 1048576 || anchor_nfs__unknown "$option" || return 1
-                anchor_nfs_passed=$anchor_nfs_passed,$option
-                ;;
-            timeo=*)
-                anchor_nfs__number "$value" 1 600 || anchor_nfs__unknown "$option" || return 1
-                anchor_nfs_passed=$anchor_nfs_passed,$option
-                ;;
-            retrans=*)
-                anchor_nfs__number "$value" 0 10 || anchor_nfs__unknown "$option" || return 1
+            port=* | mountport=* | rsize=* | timeo=* | retrans=*)
+                case $option in
+                    rsize=*) set -- 1024 1048576 ;;
+                    timeo=*) set -- 1 600 ;;
+                    retrans=*) set -- 0 10 ;;
+                    *) set -- 1 65535 ;;
+                esac
+                anchor_nfs__number "$value" "$@" || anchor_nfs__unknown "$option" || return 1
                 anchor_nfs_passed=$anchor_nfs_passed,$option
                 ;;
             proto=tcp | proto=tcp6 | mountproto=tcp | mountproto=tcp6 | mountproto=udp | mountproto=udp6)

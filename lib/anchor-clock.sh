@@ -36,7 +36,8 @@ anchor_clock_run() {
 }
 
 # usage: anchor_clock__raise [NOW]
-# Sets the clock to the build time if it is earlier; NOW is what it is known to be. Adds to anchor_clock__step, sets anchor_clock__source.
+# Sets the clock to the build time if it is earlier; NOW is what it is known to be. Adds to anchor_clock__step, sets
+# anchor_clock__source.
 anchor_clock__raise() {
     local now built
     anchor_recall "${ANCHOR_ROOT:-}/etc/anchor/build-time"

@@ -30,9 +30,9 @@ anchor_credentials_place() {
 
 # usage: anchor_credentials_whole FILE KIND
 # Whether FILE is a complete PEM file of KIND: cert (certificates only), key (one private key that needs no password), pem
-# (any blocks) or any (whatever it holds; without a PEM line at all nothing but an empty file is refused). Text may stand before a block,
-# but nothing may follow the last one: that is what is left of a longer file when a shorter one is written over it.
-# Status 1 with anchor_credentials_error otherwise.
+# (any blocks) or any (whatever it holds; without a PEM line at all nothing but an empty file is refused). Text may stand
+# before a block, but nothing may follow the last one: that is what is left of a longer file when a shorter one is written
+# over it. Status 1 with anchor_credentials_error otherwise.
 anchor_credentials_whole() {
     local file="$1" kind="$2" line='' size label='' cert=0 key=0 other=0 lines=0 rest='' cr LC_ALL=C
     anchor_credentials_error=

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Give the node a root to write to: a tmpfs of a fixed size, and overlayfs on top of the read-only image.
 #
-# Needs anchor-report.sh and anchor-mounts.sh. What it mounts is for the booted system: /run/anchor travels through switch_root, and nothing
-# is unmounted after success. overlayfs copies files up when they are written; nothing is copied beforehand.
+# Needs anchor-report.sh and anchor-mounts.sh. What it mounts is for the booted system: /run/anchor travels through
+# switch_root, and nothing is unmounted after success. overlayfs copies files up when they are written; nothing is copied
+# beforehand.
 # shellcheck disable=SC2154 # anchor_overlay_write and anchor_overlay_size are parameters
 
 # usage: anchor_overlay_run LOWER NEWROOT

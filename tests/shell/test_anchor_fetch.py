@@ -316,7 +316,9 @@ modprobe() { [ -d "$ANCHOR_ROOT/usr/lib/modules/6.1" ] && printf '%s\n' "$*" >>"
 rm() {
     command rm "$@" || return 1
     case $* in
-        *modules*) printf '%s kB\n' 'MemAvailable: 71680' 'Cached: 61440' 'Unevictable: 61440' >"$ANCHOR_ROOT/proc/meminfo" ;;
+        *modules*)
+            printf '%s kB\n' 'MemAvailable: 71680' 'Cached: 61440' 'Unevictable: 61440' >"$ANCHOR_ROOT/proc/meminfo"
+            ;;
     esac
 }
 """

@@ -128,7 +128,7 @@ def test_a_receiver_that_is_slow_gets_the_end_all_the_same(trusting: Shell) -> N
             self.send_response(204)
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # the base class's name
             """Say nothing."""
 
     taken = 'until [ "$(cat "$ANCHOR_REPORT/sent")" = 2 ]; do sleep 0.05; done\n'

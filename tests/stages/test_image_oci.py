@@ -533,7 +533,7 @@ def test_a_layer_that_nobody_has_to_its_end_leaves_nothing(dash: Node) -> None:
 def test_a_plain_layer_is_whole_where_busybox_copies_it(
     dash: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """busybox's cat passes pages on (sendfile): of a large one, what is taken out behind its position comes as zeros."""
+    """The cat of busybox passes pages on (sendfile): of a large one, what was taken out comes as zeros."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/cat").symlink_to(shutil.which("busybox") or "busybox is missing")
     digest = push(dash.site.plain, "team/plain", NOISY, ("",))

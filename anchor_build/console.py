@@ -9,12 +9,14 @@ import select
 import shutil
 import stat
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, RawIOBase
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,8 @@ EVENT_S = 1.0
 READER_S = 10.0
 # What each line of events begins with.
 EVENT_START = b'{"event": "'
+# The least width, in characters, to which a column of a table is wrapped.
+PROSE = 30
 ELLIPSIS = "\u2026"
 ERASE_LINE = "\r\033[K"
 
@@ -188,9 +192,13 @@ class Console:
         if hint:
             self._say(f"{self.paint('hint:', 'cyan')} {hint}")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a result as aligned columns on stdout; columns that hold only numbers are right-aligned."""
-        click.echo(format_table(headers, rows))
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]], prose: int | None = None) -> None:
+        """Print a result as aligned columns on stdout; columns that hold only numbers are right-aligned.
+
+        On a terminal the column `prose` is wrapped, so that the others stay below each other.
+        """
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        click.echo(format_table(headers, rows, prose, width))
 
     def json(self, value: Any) -> None:
         """Print a result for machines on stdout: ASCII, so that bytes that are not UTF-8 survive (PEP 383)."""
@@ -211,16 +219,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows in columns two spaces apart; floats get two decimals."""
+def format_table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], prose: int | None = None, width: int | None = None
+) -> str:
+    """Lay out rows in columns two spaces apart; floats get two decimals.
+
+    With `width`, in characters, the column `prose` is wrapped to what the others leave, and to no less than PROSE.
+    """
     cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     numeric = [
         bool(rows) and all(isinstance(row[i], int | float) or row[i] == "" for row in rows) for i in range(len(headers))
     ]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    lines = [[[value] for value in row] for row in cells]
+    if prose is not None and width is not None:
+        room = max(width - sum(widths) + widths[prose] - 2 * (len(widths) - 1), PROSE)
+        for row in lines:
+            # What is longer than the room, such as a path, is left whole: it is there to be copied.
+            row[prose] = textwrap.wrap(row[prose][0], room, break_long_words=False, break_on_hyphens=False)
+        widths[prose] = max(len(part) for part in [headers[prose], *(part for row in lines for part in row[prose])])
 
     def line(values: Sequence[str]) -> str:
         pairs = zip(values, widths, numeric, strict=True)
         return "  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in pairs).rstrip()
 
-    return "\n".join([line(list(headers)), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+    body = (line(parts) for row in lines for parts in zip_longest(*row, fillvalue=""))
+    return "\n".join([line(list(headers)), line(["-" * w for w in widths]), *body])

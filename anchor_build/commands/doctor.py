@@ -36,17 +36,17 @@ def command(
     lacking = [finding for finding in findings if not finding.ok and finding.needed]
     install = packages(findings, package_family())
     if as_json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        console.json({"ok": not lacking, "findings": rows, "packages": install})
+        found = [dataclasses.asdict(finding) for finding in findings]
+        console.json({"ok": not lacking, "findings": found, "packages": install})
     else:
         verbose = console.verbosity > 0
         shown = [finding for finding in findings if verbose or not finding.ok]
         if shown:
-            console.table(["", "WHAT", "FOUND"], [[_mark(f.ok, f.needed), f.what, f.detail] for f in shown])
+            rows = [[_mark(f.ok, f.needed), f.what, f.detail] for f in shown]
+            console.table(["", "WHAT", "FOUND"], rows, prose=2)
         good = sum(finding.ok for finding in findings)
-        click.echo(
-            f"{good} of {len(findings)} things are in place" + ("" if verbose else "; doctor lists them with -v")
-        )
+        more = "" if verbose else "; `anchor-build -v doctor` lists them"
+        click.echo(f"{good} of {len(findings)} things are in place{more}")
         if install:
             tool = "apt-get install" if package_family() == "deb" else "dnf install"
             click.echo(f"\nto get what is missing: {tool} {' '.join(install)}")

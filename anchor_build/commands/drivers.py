@@ -60,7 +60,7 @@ def command(
         if as_json:
             console.json({"default": DEFAULT, "sets": SUMMARIES})
         else:
-            console.table(["SET", "FOR"], [[name, text] for name, text in SUMMARIES.items()])
+            console.table(["SET", "FOR"], [[name, text] for name, text in SUMMARIES.items()], prose=1)
             click.echo("\n--drivers FILE takes only those that a file names; --from-host writes one.")
         return
     bound = bound_drivers(sysfs or Path("/sys"))

@@ -25,4 +25,5 @@ def command(console: Console, stage_dir: tuple[Path, ...], as_json: bool) -> Non
     if as_json:
         console.json([{"kind": s.kind, "name": s.name, "summary": s.summary, "origin": s.origin} for s in stages])
         return
-    console.table(["KIND", "NAME", "SUMMARY", "FROM"], [[s.kind, s.name, s.summary, s.origin] for s in stages])
+    rows = [[s.kind, s.name, s.summary, s.origin] for s in stages]
+    console.table(["KIND", "NAME", "SUMMARY", "FROM"], rows, prose=2)

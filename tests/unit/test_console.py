@@ -193,6 +193,27 @@ def test_a_table_is_aligned_and_only_numbers_stand_right() -> None:
     assert format_table(["A", "B"], []) == "A  B\n-  -"
 
 
+def test_a_table_on_a_terminal_wraps_its_prose(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "/a/path/that/is/longer/than/there/is/room/and/stays/whole"
+    rows = [["a", "", 7], ["b", "one two three four five six seven", 8], ["c", f"see {long}", 9]]
+    assert format_table(["K", "TEXT", "N"], rows[:2], prose=1, width=24).splitlines() == [
+        "K  TEXT                         N",
+        "-  ---------------------------  -",
+        "a                               7",
+        "b  one two three four five six  8",
+        "   seven",
+    ]
+    assert format_table(["K", "TEXT", "N"], rows[2:], prose=1, width=24).splitlines()[-1].strip() == long
+    monkeypatch.setenv("COLUMNS", "24")
+    Console().table(["K", "TEXT", "N"], rows, prose=1)
+    assert "five six seven" in capsys.readouterr().out, "a pipe gets each row on one line"
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    Console().table(["K", "TEXT", "N"], rows[:2], prose=1)
+    assert "   seven\n" in screen.getvalue()
+
+
 def test_json_goes_to_stdout_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     value = {"umläut": "\udcff", "list": ["\x1b[2J"]}
     Console(-1).json(value)

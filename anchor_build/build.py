@@ -87,8 +87,8 @@ class InitramfsBuild:
 
     @property
     def report_file(self) -> Path:
-        """Where the JSON report goes: beside the output."""
-        return self.output.with_name(self.output.name + ".json")
+        """Where the JSON report goes."""
+        return report_file(self.output)
 
     @property
     def kernel_file(self) -> Path | None:
@@ -98,6 +98,11 @@ class InitramfsBuild:
         return self.output.with_name(f"vmlinuz-{self.kernel.release}")
 
 
+def report_file(output: Path) -> Path:
+    """Return where the report of an initramfs goes: beside it."""
+    return output.with_name(output.name + ".json")
+
+
 def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True) -> dict[str, Any]:
     """Build, verify and put in place; return the report. With `use_cache`, what was built before is not built again.
 
@@ -105,7 +110,7 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
     for a failed dracut, and when the finished file lacks something that a stage promises.
     """
     key = cache.key_of(facts_of(build)) if use_cache else ""
-    _check_output(build)
+    check_output(build.output)
     if use_cache and (kept := cache.find(key)) is not None:
         with (
             step("nothing has changed: take the initramfs from the cache"),
@@ -157,8 +162,9 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
         return _put_in_place(build, partial, report)
 
 
-def _check_output(build: InitramfsBuild) -> None:
-    problems = output_problems(build.output, build.report_file)
+def check_output(output: Path) -> None:
+    """Raise AnchorError where an initramfs and its report could not be put in place."""
+    problems = output_problems(output, report_file(output))
     if problems:
         raise AnchorError("\n".join(problems), "name another place with --output FILE")
 

@@ -97,7 +97,7 @@ def _take(state: _Check, word: Word, spellings: Mapping[str, Param]) -> None:
         if asked is not None and word.value not in (None, "", "0"):
             state.errors.append(f"{word.name}: {chooses_absent(asked)}")
         elif word.name.startswith(PREFIX):
-            state.errors.append(f"{word.name}: {unknown_parameter(word.name, list(spellings))}")
+            state.errors.append(f"{word.name}: {unknown_parameter(word.name, state.plan)}")
         else:
             near = difflib.get_close_matches(word.name, spellings, n=1, cutoff=0.85)
             if near:

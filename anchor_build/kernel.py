@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*")
 SETUP_MAGIC = (0x202, b"HdrS")
 VERSION_POINTER = 0x20E
 SETUP_START = 0x200
+# What uname(2) calls the processors that this protocol is of.
+X86 = ("x86_64", "i686", "i586")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def _check_same(wanted: str | None, image: Path | None, modules: Path, release: 
     else:
         try:
             other = release_of(image)
-        except AnchorError:
+        except AnchorError as error:
+            if platform.machine() in X86:
+                raise AnchorError(error.message, "the programs in the initramfs are this host's, for x86") from None
             return  # another architecture's image does not tell
     if other != release:
         raise AnchorError(f"--kernel {wanted} is {other}, but --modules {modules} is of {release}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_settings(plan: Plan, texts: Sequence[str]) -> tuple[Setting, ...]:
         if not equals:
             problems.append(f"{where}: has no value: --set KEY=VALUE or KEY=@FILE")
         elif param is None:
-            problems.append(f"{where}: {unknown_parameter(name, list(params))}")
+            problems.append(f"{where}: {unknown_parameter(name, plan)}")
         else:
             try:
                 if param.type == "secret" and not value.startswith("@"):
@@ -120,16 +121,25 @@ def _read_value(text: str) -> str:
         raise paramtypes.InvalidValueError(f"{file}: is not UTF-8 text") from None
 
 
-def unknown_parameter(name: str, known: Sequence[str]) -> str:
-    """Say that a parameter does not exist, with the nearest one that does."""
+def unknown_parameter(name: str, plan: Plan) -> str:
+    """Say that a plan has no such parameter, and which one is meant: the nearest of all stages that there are."""
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return "is not a parameter of these stages" + (f"; did you mean {near[0]}?" if near else "")
+    owners = {known: stage for stage in (*plan.known, *plan.all) for param in stage.params for known in param.names}
+    text = "is not a parameter of these stages"
+    near = [name] if name in owners else difflib.get_close_matches(name, owners, n=1, cutoff=0.7)
+    if not near:
+        return text
+    owner = owners[near[0]]
+    if near[0] != name:
+        text += f"; did you mean {near[0]}?"
+    if owner in plan.all:
+        return text
+    return f"{text}{' It is one' if near[0] != name else ', but'} of {owner.id}, which --{owner.kind} {owner.name} adds"
 
 
 def read_ca(path: Path | None, root: Root = HOST) -> tuple[bytes, str]:
-    """Return the CA bundle to bake in and a warning, empty when the site named its own.
+    """Return the CA bundle to bake in and a warning, empty when the site named its own and that is of use.
 
     Raises AnchorError when the file is unreadable, holds no or a broken certificate, or holds a private key.
     """
@@ -147,8 +157,14 @@ def read_ca(path: Path | None, root: Root = HOST) -> tuple[bytes, str]:
         raise AnchorError(f"--ca {path}: holds a private key", "a CA bundle holds certificates only")
     if not re.search(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----", data):
         raise AnchorError(f"--ca {path}: holds no certificate in PEM form")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        context.load_verify_locations(path)
     except ssl.SSLError:
         raise AnchorError(f"--ca {path}: holds a certificate that cannot be read", "is it whole?") from None
+    # One that is pinned is no CA, and not among these.
+    ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
+    if ends and max(ends) < time.time():
+        day = time.strftime("%Y-%m-%d", time.gmtime(max(ends)))
+        return data, f"--ca {path}: has been expired since {day}: nodes will trust no server"
     return data, ""

@@ -149,7 +149,7 @@ def command(
       anchor-build initramfs --image squashfs --container node.oci.tar --drivers node.drivers
       anchor-build initramfs --image squashfs --embed-image registry.example/tools/monitor:2.1
     """  # noqa: D301
-    from anchor_build.build import InitramfsBuild, build_initramfs
+    from anchor_build.build import InitramfsBuild, build_initramfs, check_output
     from anchor_build.container import opened
     from anchor_build.drivers import driver_set
     from anchor_build.embed import resolve
@@ -167,8 +167,15 @@ def command(
     if sysroot is not None and container is not None:
         raise click.UsageError("--sysroot and --container exclude each other.")
 
+    # All that can be wrong with what was typed comes before a container image is fetched.
     plan = choice.plan()
     wanted_drivers = driver_set(drivers)
+    baked = read_settings(plan, settings)
+    keys = read_public_keys(manifest_keys)
+    since = read_since(manifest_since) if manifest_since else None
+    given_ca = read_ca(ca) if ca is not None else None
+    if output is not None:
+        check_output(output)
     with ExitStack() as stack:
         if container is not None:
             root = stack.enter_context(opened(container, access, console.step))
@@ -176,16 +183,16 @@ def command(
             root = open_root(sysroot) if sysroot is not None else HOST
         found = find_kernel(kernel, modules, root)
         warnings = [check_image(found, for_image)] if for_image is not None else []
-        bundle, warning = read_ca(ca, root)
+        bundle, warning = given_ca or read_ca(None, root)
         embedded = resolve(embed_images, access, console.step)
         build = InitramfsBuild(
             plan=plan,
             kernel=found,
             output=output or Path(f"initramfs-{found.release}.img"),
             ca=bundle,
-            settings=read_settings(plan, settings),
-            manifest_keys=read_public_keys(manifest_keys),
-            manifest_since=read_since(manifest_since) if manifest_since else None,
+            settings=baked,
+            manifest_keys=keys,
+            manifest_since=since,
             drivers=(
                 *(name for names in add_drivers for name in names.replace(",", " ").split()),
                 *(("squashfs",) if embedded else ()),

@@ -92,7 +92,7 @@ def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
     remedy = "chooses a stage that this initramfs does not hold: build it with --auth acme"
     assert error == f"rd.anchor.acme.server: {remedy}"
     (error,) = check_command_line(plan, "root=anchor squashfs_server=x rd.anchor.acme.email=a@b.c").errors
-    assert error.startswith("rd.anchor.acme.email: is not a parameter of these stages")
+    assert error.startswith("rd.anchor.acme.email: is not a parameter of these stages, but of auth-acme, which --auth")
 
 
 def test_what_to_add_to_a_plain_url(plan: Plan) -> None:

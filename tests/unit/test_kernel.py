@@ -123,11 +123,18 @@ def test_a_modules_directory_says_which_release(tmp_path: Path) -> None:
     assert find_kernel(None, tmp_path / "link") == Kernel(RELEASE, directory)
 
 
-def test_an_image_that_does_not_tell_its_release_goes_with_a_modules_directory(tmp_path: Path) -> None:
+def test_an_image_that_does_not_tell_its_release_goes_with_a_modules_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = tmp_path / "Image.gz"
     image.write_bytes(b"\x1f\x8b an arm64 kernel")
     directory = modules(tmp_path / "x", "6.1.0-56-arm64")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert find_kernel(str(image), directory).release == "6.1.0-56-arm64"
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(AnchorError, match=r"Image\.gz: is not an x86 Linux kernel image") as caught:
+        find_kernel(str(image), directory)
+    assert "--modules" not in caught.value.hint, "they were named"
 
 
 @pytest.mark.parametrize("by_image", [True, False])

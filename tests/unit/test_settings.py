@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from anchor_build import settings
 from anchor_build.errors import AnchorError, UsageError
-from anchor_build.plan import Plan, whole_plan
+from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import load_registry
 from anchor_build.settings import named_files, read_ca, read_settings
 from tests.conftest import SITE_STAGES
@@ -92,6 +94,17 @@ def test_everything_wrong_at_once(plan: Plan, tmp_path: Path) -> None:
     ]
 
 
+def test_a_parameter_of_a_stage_that_is_not_in_the_build() -> None:
+    plan = make_plan(load_registry(), image=["squashfs"])
+    other = "is not a parameter of these stages"
+    assert problems(plan, "rd.anchor.acme.email=a@b.c", "acme_server=ca", "rd.anchor.acme.sever=ca") == [
+        f"--set rd.anchor.acme.email: {other}, but of auth-acme, which --auth acme adds",
+        f"--set acme_server: {other}, but of auth-acme, which --auth acme adds",
+        f"--set rd.anchor.acme.sever: {other}; did you mean rd.anchor.acme.server? It is one of auth-acme, which"
+        " --auth acme adds",
+    ]
+
+
 def test_what_has_no_end_does_not_fill_the_memory(plan: Plan) -> None:
     assert problems(plan, f"{KEY}=@/dev/zero") == [f"--set {KEY}: /dev/zero: has more than 16 MiB"]
     with pytest.raises(AnchorError, match="--ca /dev/zero: cannot be read: has more than 16 MiB"):
@@ -116,6 +129,16 @@ def test_a_ca_with_its_private_key_is_refused(authority: Path) -> None:
     with pytest.raises(AnchorError, match="holds a private key") as caught:
         read_ca(authority)
     assert caught.value.hint == "a CA bundle holds certificates only"
+
+
+def test_a_ca_whose_time_is_over(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ssl.create_default_context(cafile=authority).get_ca_certs()[0]
+    end = ssl.cert_time_to_seconds(str(found["notAfter"]))
+    monkeypatch.setattr("time.time", lambda: end - 1)
+    assert read_ca(authority)[1] == ""
+    monkeypatch.setattr("time.time", lambda: end + 1)
+    day = datetime.fromtimestamp(end, UTC).date()
+    assert read_ca(authority)[1] == f"--ca {authority}: has been expired since {day}: nodes will trust no server"
 
 
 def test_what_is_no_ca(tmp_path: Path) -> None:

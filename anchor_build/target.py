@@ -20,7 +20,7 @@ from anchor_build.stage import KINDS
 # What a report says of a secret in place of it, and what stands for it in a check.
 HIDDEN = "(secret)"
 STAND_IN = "secret"
-REPORT_HINT = "it is beside the initramfs that it is of: initramfs-RELEASE.img.json"
+REPORT_HINT = "name an initramfs that has its report, FILE.json, beside it, or the report itself"
 
 
 @dataclass(frozen=True)

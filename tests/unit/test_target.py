@@ -63,7 +63,7 @@ def test_a_report_from_before_it_named_the_network(anchor: Anchor, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages": None}, "node.img.json: is not the report of an initramfs\nhint: it is beside the initramfs"),
+        ({"stages": None}, "node.img.json: is not the report of an initramfs\nhint: name an initramfs that has its report"),
         ({"stages": ["anchor", "auth-nobody", "image-squashfs"]}, "--auth nobody: no such stage"),
         ({"settings": {"rd.anchor.gone": "1"}}, "rd.anchor.gone: is not a parameter of these stages"),
     ],
@@ -78,7 +78,7 @@ def test_an_initramfs_without_a_report(anchor: Anchor, tmp_path: Path) -> None:
     (tmp_path / "other.img").write_bytes(b"x")
     said = anchor("check", "--initramfs", str(tmp_path / "other.img"), "root=anchor")
     assert said.status == 1
-    assert f"--initramfs {tmp_path}/other.img.json: No such file or directory\nhint: it is beside" in said.err
+    assert f"--initramfs {tmp_path}/other.img.json: No such file or directory\nhint: name an initramfs" in said.err
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def _host_problems(build: RpmBuild) -> Iterator[str]:
     wanted = [RPMBUILD, *([repo.CREATEREPO] if build.repository else [])]
     yield from missing([*wanted, *([repo.RPMSIGN, repo.GPG] if build.key is not None else [])])
     if build.dist is not None and not spec.DIST.fullmatch(build.dist):
-        yield f"--dist {build.dist!r}: RPM allows letters, digits and . _ + ~ ^ only, such as .el9"
+        yield (
+            f"--dist {build.dist!r}: begins with a dot, such as .el9, and RPM allows letters, digits and . _ + ~ ^ only"
+        )
     yield from directory_problems(build.output)
 
 

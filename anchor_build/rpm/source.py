@@ -31,15 +31,20 @@ DECLARED = re.compile(rb'^__version__ = "[^"\n]*"$', re.MULTILINE)
 def tool_srpm(
     out: Path, top: Path | None = None, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, tuple[str, ...]]:
-    """Make the source package of the tree `top`, by default the one that this program runs from, in `out`.
+    """Make the source package of the tree `top` in `out`.
+
+    By default that is the tree that this program runs from, or, for one that is installed, the working directory.
 
     Returns its path and warnings about its version; `tell` is given each line of rpmbuild's log. The same tree gives
     the same bytes. Raises AnchorError when there is no tree (an installed package), for a version that cannot be, when
     rpmbuild is missing or fails, and when `out` cannot be written; nothing half-written is left.
     """
-    top = Path(anchor_build.__file__).resolve().parents[1] if top is None else top.resolve()
+    own = Path(anchor_build.__file__).resolve().parents[1]
+    if top is None:
+        top = own if (own / TEMPLATE).is_file() else Path.cwd()
+    top = top.resolve()
     if not (top / TEMPLATE).is_file():
-        raise AnchorError(f"{top}: holds no {TEMPLATE}", "run it from a checkout or a source archive of anchor-build")
+        raise AnchorError(f"{top}: holds no {TEMPLATE}", "run it in a checkout or a source archive of anchor-build")
     if problems := [*missing([RPMBUILD]), *directory_problems(out)]:
         raise AnchorError("\n".join(problems))
     decided = tree_version(top)

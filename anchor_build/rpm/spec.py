@@ -30,7 +30,8 @@ EXAMPLE = "dracut-anchor.conf"
 MODULES = "/usr/lib/dracut/modules.d"
 # What may stand in Version and Release: rpm.org/docs, "Spec file format"; `-` parts the two in file names.
 VERSION = re.compile(r"[A-Za-z0-9._+~^]+")
-DIST = re.compile(r"[A-Za-z0-9._+~^]*")
+# What begins with a letter or a digit would run into the release: 1el9.
+DIST = re.compile(r"([._+~^][A-Za-z0-9._+~^]*)?")
 SUMMARY_WIDTH = 79  # rpmlint's limits
 TEXT_WIDTH = 76
 

@@ -37,6 +37,7 @@ install_core() {
 # without anchor-build it is the host's own /etc/anchor.
 install_site() {
     local etc="${ANCHOR_ETC:-${dracutsysrootdir-}/etc/anchor}" name
+    check_site "$etc" || exit 1
     mkdir -p "$initdir/etc/anchor"
     for name in ca.pem params build-time manifest.pub manifest-since images.squashfs; do
         [[ ! -e $etc/$name ]] || inst_simple "$etc/$name" "/etc/anchor/$name" || exit 1
@@ -55,6 +56,33 @@ install_site() {
         mkdir -p "$initdir${name%/*}"
         ln -sfn /etc/anchor/ca.pem "$initdir$name"
     done
+}
+
+# usage: check_site DIR
+# Says what in DIR every node would fail by; status 1 when there is anything. Without anchor-build nobody else has looked.
+check_site() {
+    local name text why status=0
+    for name in ca.pem manifest.pub build-time manifest-since; do
+        [[ -e $1/$name ]] || continue
+        { text=$(<"$1/$name"); } 2>/dev/null
+        why=
+        case $name in
+            ca.pem)
+                [[ $text == *'-----BEGIN '*'CERTIFICATE-----'* ]] || why='holds no certificate in PEM form'
+                [[ $text != *'PRIVATE KEY-----'* ]] || why='holds a private key: a CA bundle holds certificates only'
+                ;;
+            manifest.pub)
+                [[ $text == *'-----BEGIN PUBLIC KEY-----'* ]] || why='holds no public key in PEM form'
+                [[ $text != *'PRIVATE KEY-----'* ]] || why='holds a private key: nodes need the public one'
+                ;;
+            *) [[ $text =~ ^[0-9]+$ ]] || why='is not a number of seconds since the epoch' ;;
+        esac
+        [[ -z $why ]] || {
+            derror "anchor: $1/$name: $why"
+            status=1
+        }
+    done
+    return "$status"
 }
 
 install_network() {

@@ -180,6 +180,19 @@ def test_the_archive_is_all_that_pyproject_says(checkout: Path) -> None:
     assert archive(checkout, version, WHEN) == archive(checkout, version, WHEN)
 
 
+def test_an_installed_program_takes_the_checkout_that_it_is_called_in(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anchor_build.__file__", str(tmp_path / "site-packages" / "anchor_build" / "__init__.py"))
+    monkeypatch.chdir(copy)
+    made, _ = tool_srpm(tmp_path / "out")
+    assert made.read_bytes() == tool_srpm(tmp_path / "other", copy)[0].read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AnchorError, match=f"{tmp_path}: holds no specs/anchor-build.spec.j2") as caught:
+        tool_srpm(tmp_path / "none")
+    assert caught.value.hint == "run it in a checkout or a source archive of anchor-build"
+
+
 @pytest.mark.parametrize("what", ["no tree", "no rpmbuild", "bad epoch", "bad spec", "bad tag", "not writable"])
 def test_what_can_go_wrong(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     out = tmp_path / "out"

@@ -38,6 +38,13 @@ FLOOD_BYTES = 64 << 20
 CONSOLE_LINE = 4096  # bytes
 CONSOLE_TAIL = 15  # lines
 
+# What to do about the last words of a kernel (init/do_mounts.c, mm/oom_kill.c), or of QEMU (hw/i386/x86.c).
+HINTS = {
+    "Unable to mount root fs": "is --initrd a whole initramfs, which this kernel can unpack?",
+    "System is deadlocked on memory": "give the node more memory: --memory SIZE",
+    "Out of memory": "give the node more memory: --memory SIZE",
+    "too old to load a ram disk": "is --kernel a Linux kernel for x86, such as vmlinuz-RELEASE?",
+}
 PANIC = re.compile(r"Kernel panic - not syncing.*")
 # dracut with and without systemd, then systemd's own, in the initramfs and in the booted root.
 EMERGENCY = re.compile(
@@ -203,7 +210,7 @@ def observe(
             if outcome is not None:
                 return seen.result(outcome, *_explain(seen, outcome))
             if status is not None:
-                return seen.result("ended", *_explain_end(status, machine_log))
+                return seen.result("ended", *_explain_end(seen, status, machine_log))
             if time.monotonic() >= deadline:
                 hint = "--timeout SECONDS allows more time; without KVM a boot takes several times as long"
                 return seen.result("timeout", f"the node did not report {until} within {timeout:g} s", hint)
@@ -229,18 +236,25 @@ def _explain(seen: _Observation, outcome: Outcome) -> tuple[str, str]:
         event = next(event for event in seen.events if isinstance(event, Failed))
         return f"the node reported that step {step_name(event)} failed: {event.error}", event.hint
     return {
-        "panic": (f"the kernel stopped: {seen.panic}", ""),
+        "panic": (f"the kernel stopped: {seen.panic}", _hint(seen.panic)),
         "emergency": (f"the node fell into an emergency shell: {seen.emergency}", ""),
         "flood": (f"the node wrote more than {FLOOD_BYTES >> 20} MB to a serial port", ""),
     }.get(outcome, ("", ""))
 
 
-def _explain_end(status: int, machine_log: Path) -> tuple[str, str]:
+def _explain_end(seen: _Observation, status: int, machine_log: Path) -> tuple[str, str]:
     said = printable(machine_log.read_text("utf-8", "replace").strip().rpartition("\n")[2], 300)
     if status == 0:
-        return "the node powered off or rebooted before it reported success", ""
+        # A kernel that does not fit into the memory resets the machine without a word.
+        hint = "" if seen.events or seen.tail else "it did so at once: is --memory enough for kernel and initramfs?"
+        return "the node powered off or rebooted before it reported success", hint
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"QEMU {how}" + (f": {said}" if said else ""), ""
+    return f"QEMU {how}" + (f": {said}" if said else ""), _hint(said)
+
+
+def _hint(said: str) -> str:
+    """Return what to do about what a kernel or QEMU said last, or nothing."""
+    return next((hint for words, hint in HINTS.items() if words in said), "")
 
 
 def describe(event: Event) -> str:

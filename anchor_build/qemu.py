@@ -89,7 +89,7 @@ def parse_forward(text: str) -> Forward:
     match = re.fullmatch(r"tcp:127\.0\.0\.1:([0-9]{1,5})-:([0-9]{1,5})", text)
     if match is None or int(match[1]) > 65535 or not 0 < int(match[2]) <= 65535:
         raise UsageError(
-            f"{printable(text)} is not a port forward",
+            f"--hostfwd {printable(text)}: is not a port forward",
             "write tcp:127.0.0.1:HOSTPORT-:NODEPORT; only the loopback address may be used, port 0 picks a free one",
         )
     return Forward(int(match[2]), int(match[1]))
@@ -101,14 +101,14 @@ def check_machine(machine: Machine) -> None:
     files += tuple(disk.file for disk in machine.disks)
     problems = [f"{path}: no such file" for path in files if not path.is_file()]
     shapes = (
-        ("memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
-        ("host name", machine.hostname, r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})?", "is not a host name"),
-        ("mac", machine.mac, r"([0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5})?", "is not like 52:54:00:12:34:56"),
-        ("rtc", machine.rtc, r"([0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8})?)?", "is not like 1970-01-01T00:00:00"),
+        ("--memory", machine.memory, r"[1-9][0-9]{0,5}[MG]", "is not a size such as 512M or 2G"),
+        ("--hostname", machine.hostname, r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})?", "is not a host name"),
+        ("--mac", machine.mac, r"([0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5})?", "is not like 52:54:00:12:34:56"),
+        ("--rtc", machine.rtc, r"([0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8})?)?", "is not like 1970-01-01T00:00:00"),
     )
     serials = [("serial", disk.serial, r"[A-Za-z0-9._-]{0,20}", "is not a serial number") for disk in machine.disks]
     problems += [
-        f"{name} {text!r} {what}" for name, text, shape, what in (*shapes, *serials) if not re.fullmatch(shape, text)
+        f"{name} {text!r}: {what}" for name, text, shape, what in (*shapes, *serials) if not re.fullmatch(shape, text)
     ]
     if machine.cpus < 1:
         problems.append(f"{machine.cpus} is not a number of processors")

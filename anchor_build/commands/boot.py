@@ -180,7 +180,7 @@ def command(
     if not math.isfinite(timeout):
         raise UsageError(f"--timeout {timeout}: is not a number of seconds")
     if boot_json is not None and not boot_json.parent.is_dir():
-        raise UsageError(f"{boot_json.parent}: no such directory")
+        raise UsageError(f"--boot-json {boot_json}: {boot_json.parent} is not a directory")
     forwards = tuple(parse_forward(text) for text in hostfwd)
     machine = Machine(kernel, initrd, " ".join(append), memory, cpus, accel, forwards, hostname, mac, rtc, oem_files)
     check_machine(machine)

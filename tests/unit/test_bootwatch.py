@@ -108,6 +108,20 @@ def test_what_the_console_shows_decides_next(look: Look, line: str, outcome: str
     assert reason in result.reason
 
 
+@pytest.mark.parametrize(
+    ("reason", "option"),
+    [
+        ("VFS: Unable to mount root fs on unknown-block(0,0)", "--initrd"),
+        ("System is deadlocked on memory", "--memory"),
+        ("Attempted to kill init! exitcode=0x00000100", ""),
+    ],
+)
+def test_what_to_do_about_a_panic(look: Look, reason: str, option: str) -> None:
+    hint = look(BOOT, f"[ 0.1] Kernel panic - not syncing: {reason}\r\n", timeout=0.3).hint
+    assert option in hint
+    assert bool(hint) == bool(option)
+
+
 def test_a_report_that_follows_the_emergency_shell_is_waited_for(look: Look, tmp_path: Path) -> None:
     def report() -> None:
         with (tmp_path / "events").open("a") as events:
@@ -123,16 +137,20 @@ def test_a_report_that_follows_the_emergency_shell_is_waited_for(look: Look, tmp
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "reason"),
+    ("status", "said", "reason", "hint"),
     [
-        (0, "", "the node powered off or rebooted before it reported success"),
-        (1, "a\nport in use\n", "QEMU ended with status 1: port in use"),
-        (-11, "", "QEMU was killed by signal 11"),
+        (0, "", "the node powered off or rebooted before it reported success", "--memory"),
+        (1, "a\nport in use\n", "QEMU ended with status 1: port in use", ""),
+        (1, "too old to load a ram disk", "QEMU ended with status 1: too old to load a ram disk", "--kernel"),
+        (-11, "", "QEMU was killed by signal 11", ""),
     ],
 )
-def test_a_machine_that_ends_early(look: Look, status: int, said: str, reason: str) -> None:
-    result = look(BOOT, status=status, said=said)
+def test_a_machine_that_ends_early(look: Look, status: int, said: str, reason: str, hint: str) -> None:
+    result = look("", status=status, said=said)
     assert (result.outcome, result.reason) == ("ended", reason)
+    assert hint in result.hint
+    assert bool(result.hint) == bool(hint)
+    assert look(BOOT, status=status, said=said).hint == ("" if status == 0 else result.hint)
 
 
 def test_success_counts_although_the_machine_has_ended(look: Look) -> None:

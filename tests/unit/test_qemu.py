@@ -177,7 +177,7 @@ def test_a_forward_that_is_not_on_the_loopback_is_refused(text: str) -> None:
         ({"oem_files": (Path("/nowhere/token"),)}, "/nowhere/token: no such file"),
         ({"disks": (qemu.Disk(Path("/nowhere/disk")),)}, "/nowhere/disk: no such file"),
         ({"disks": (qemu.Disk(Path("/dev/null"), "A,readonly=on"),)}, "is not a serial number"),
-        ({"memory": "2048"}, "memory '2048' is not a size"),
+        ({"memory": "2048"}, "--memory '2048': is not a size"),
         ({"memory": "2G,slots=2"}, "is not a size"),
         ({"cpus": 0}, "0 is not a number of processors"),
         ({"hostname": "a,hostfwd=tcp::1-:1"}, "is not a host name"),
@@ -374,7 +374,7 @@ printf '%s\\n' '{end}' '{READY}' >"$events"; exec sleep 60""")
     ("words", "message"),
     [
         (("--boot-json", "b.json", "--until", "switch-root"), "--boot-json needs --until multi-user"),
-        (("--boot-json", "/nowhere/b.json"), "/nowhere: no such directory"),
+        (("--boot-json", "/nowhere/b.json"), "--boot-json /nowhere/b.json: /nowhere is not a directory"),
         (("--hostfwd", "tcp::1-:1"), "is not a port forward"),
         (("--memory", "lots"), "is not a size"),
         (("--timeout", "nan"), "--timeout nan: is not a number of seconds"),

@@ -63,7 +63,10 @@ def test_a_report_from_before_it_named_the_network(anchor: Anchor, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages": None}, "node.img.json: is not the report of an initramfs\nhint: name an initramfs that has its report"),
+        (
+            {"stages": None},
+            "node.img.json: is not the report of an initramfs\nhint: name an initramfs that has its report",
+        ),
         ({"stages": ["anchor", "auth-nobody", "image-squashfs"]}, "--auth nobody: no such stage"),
         ({"settings": {"rd.anchor.gone": "1"}}, "rd.anchor.gone: is not a parameter of these stages"),
     ],

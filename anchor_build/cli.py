@@ -103,6 +103,24 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command '{args[0]}'.{hint}")
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Say where an option belongs that is a command's and was given before it."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            commands = {name: self.get_command(ctx, name) for name in COMMANDS}
+            owners = [
+                name
+                for name, command in commands.items()
+                if command and any(error.option_name in (*p.opts, *p.secondary_opts) for p in command.params)
+            ]
+            if not owners:
+                raise
+            owner = next((word for word in given if word in owners), "COMMAND")
+            text = f"{error.option_name} goes after the command: anchor-build {owner} {error.option_name} ..."
+            raise click.UsageError(text, ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; say where an option belongs that is this group's and was given to the command."""
         ended: dict[str, str] | None = {"error": "this is a bug: see the traceback", "hint": ""}

@@ -38,6 +38,8 @@ from anchor_build.version import source_date_epoch
 
 # What the kernel or systemd mounts something on: the directories belong to an image, what is in them does not.
 PSEUDO = {"dev": 0o755, "proc": 0o555, "run": 0o755, "sys": 0o555}
+# What switches to a root starts one of these (systemd: src/core/main.c; dracut: modules.d/99base/init.sh).
+INITS = ("usr/lib/systemd/systemd", "lib/systemd/systemd", "sbin/init", "etc/init", "init", "bin/init")
 # format -> its program, the packages of it, and the default compression: fast to make and to read.
 FORMATS = {
     "squashfs": ("mksquashfs", "squashfs-tools (deb and rpm)", "zstd:6"),
@@ -368,6 +370,10 @@ def _pack(
         f"lib/modules/{printable(name)}: is not the name of a kernel release, so the manifest does not have it"
         for name in contents.strange_kernels
     ]
+    if not any(os.path.lexists(tree / name) for name in INITS):
+        warnings.append(
+            "the image holds no init such as /sbin/init: a node that boots it needs init= on its command line"
+        )
     return {
         "warnings": warnings,
         "format": build.format,

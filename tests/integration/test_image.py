@@ -180,6 +180,17 @@ def test_missing_directories_are_made(tmp_path: Path) -> None:
     assert not (tmp_path / "node.erofs").exists()
 
 
+def test_a_root_that_nothing_can_start_in_is_told(tree: Path, tmp_path: Path) -> None:
+    """The directory above the root, say, or a container image: most hold no init."""
+    image = tmp_path / "node.squashfs"
+    assert "warning: the image holds no init such as /sbin/init: " in run(tree, "-o", image).stderr
+    (tree / "usr/sbin").mkdir()
+    (tree / "sbin").symlink_to("usr/sbin")
+    (tree / "usr/sbin/init").symlink_to("/lib/somewhere/else")
+    done = run(tree, "-o", image)
+    assert (done.returncode, "no init" in done.stderr) == (0, False), done.stderr
+
+
 def test_an_image_gets_a_new_manifest(tree: Path, tmp_path: Path) -> None:
     image = tmp_path / "node.squashfs"
     assert run(tree, "-o", image).returncode == 0

@@ -70,6 +70,18 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class TextOrPath(click.types.StringParamType):
+    """A text that may name a file, which a shell completes."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Leave it to the shell, as for a path."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands' names and summaries without importing them."""
 
@@ -89,6 +101,8 @@ class LazyGroup(click.Group):
                 given = GivenPath()
                 vars(given).update(vars(param.type))
                 param.type = given
+            elif param.type is click.STRING and {"FILE", "DIR"} & set((param.metavar or "").split("|")):
+                param.type = TextOrPath()
         return command
 
     def resolve_command(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,14 @@ def _add_profile(ctx: click.Context, param: click.Parameter, value: tuple[str, .
 def set_option(help_text: str) -> Callable[[F], F]:
     """Add --set, which reaches the function as `settings`."""
     return click.option(
-        "--set", "settings", cls=SetOption, multiple=True, metavar="KEY=VALUE", callback=_add_profile, help=help_text
+        "--set",
+        "settings",
+        cls=SetOption,
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_add_profile,
+        shell_complete=_complete_setting,
+        help=help_text,
     )
 
 
@@ -57,10 +65,41 @@ def complete_stage(
 
         registry = load_registry(ctx.params.get("stage_dir") or ())
         stages = registry.of_kind(kind) if kind else registry.stages
-        names = [(stage.name if kind else stage.id, stage.summary) for stage in stages]
-        return [CompletionItem(name, help=summary) for name, summary in names if name.startswith(incomplete)]
+        once = [name for name, count in Counter(stage.name for stage in stages).items() if count == 1]
+        # Where all kinds go, a name does if it is that of one stage; what begins with a kind asks for ids.
+        names = [(stage.name if kind or stage.name in once else stage.id, stage.summary) for stage in stages]
+        found = [CompletionItem(name, help=summary) for name, summary in names if name.startswith(incomplete)]
+        if kind or (found and not incomplete.startswith(tuple(KINDS))):
+            return found
+        return [CompletionItem(s.id, help=s.summary) for s in stages if s.id.startswith(incomplete)]
 
     return complete
+
+
+def complete_or_path(
+    words: Callable[[], Iterable[str]],
+) -> Callable[[click.Context, click.Parameter, str], list[click.shell_completion.CompletionItem]]:
+    """Return a shell completion over words, and over files where none of them fits."""
+
+    def complete(
+        ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(word) for word in words() if word.startswith(incomplete)]
+        return found or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+def _complete_setting(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[click.shell_completion.CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    plan = whole_plan(load_registry(ctx.params.get("stage_dir") or ()))
+    found = [(f"{param.key}=", param.help) for _, param in plan.params]
+    return [CompletionItem(text, help=about) for text, about in found if text.startswith(incomplete)]
 
 
 def stage_dir_option(function: F) -> F:

@@ -9,13 +9,33 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.oci import Access
-from anchor_build.options import Choice, json_option, network_options, registry_options, set_option, stage_options
+from anchor_build.options import (
+    Choice,
+    complete_or_path,
+    json_option,
+    network_options,
+    registry_options,
+    set_option,
+    stage_options,
+)
 
 DRIVERS_HELP = (
     "Which drivers beside those of the stages: minimal (virtual machines), network (every wired network card; the"
     " default, since it needs no knowledge of the nodes), generic (disks and USB as well), or those that a file names:"
     " `anchor-build drivers --from-host` writes one."
 )
+
+
+def _releases() -> list[str]:
+    from anchor_build.kernel import installed_releases
+
+    return installed_releases()
+
+
+def _driver_sets() -> list[str]:
+    from anchor_build.drivers import SUMMARIES
+
+    return list(SUMMARIES)
 
 
 @click.command(short_help="Build an initramfs that boots a diskless node.")
@@ -33,7 +53,12 @@ DRIVERS_HELP = (
     " Needs skopeo and umoci.",
 )
 @registry_options
-@click.option("--kernel", metavar="RELEASE|FILE", help="The kernel, by release or image. Default: this host's newest.")
+@click.option(
+    "--kernel",
+    metavar="RELEASE|FILE",
+    shell_complete=complete_or_path(_releases),
+    help="The kernel, by release or image. Default: this host's newest.",
+)
 @click.option(
     "--modules",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -77,6 +102,7 @@ DRIVERS_HELP = (
     "--drivers",
     default="network",
     metavar="SET|FILE",
+    shell_complete=complete_or_path(_driver_sets),
     help=DRIVERS_HELP,
 )
 @click.option(

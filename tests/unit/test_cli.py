@@ -351,6 +351,12 @@ def test_a_completion_script_for_each_shell(shell: str) -> None:
         ("anchor-build initramfs --auth n", ["nfs", "none"]),
         ("anchor-build render --image s", ["squashfs"]),
         ("anchor-build show auth", ["auth-acme", "auth-ssh", "auth-token", "auth-nfs", "auth-none"]),
+        ("anchor-build show auth-s", ["auth-ssh"]),
+        ("anchor-build show s", ["ssh", "s3", "squashfs"]),
+        ("anchor-build rpm --stage n", ["none"]),
+        ("anchor-build rpm --stage transport-n", ["transport-nfs"]),
+        ("anchor-build initramfs --set rd.anchor.acme.eab", ["rd.anchor.acme.eab_kid=", "rd.anchor.acme.eab_key="]),
+        ("anchor-build initramfs --drivers ge", ["generic"]),
         ("anchor-build initr", ["initramfs"]),
         (f"anchor-build initramfs --stage-dir {SITE_STAGES} --auth l", ["local-file"]),
     ],
@@ -365,6 +371,20 @@ def test_bash_completes(words: str, expected: list[str]) -> None:
     argv = [sys.executable, "-c", "from anchor_build.cli import main; main()"]
     done = subprocess.run(argv, cwd=TOP, env=env, capture_output=True, text=True, check=False)
     assert [line.partition(",")[2] for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("initramfs --drivers ./x", "initramfs --kernel boot/vm", "initramfs --container no", "initramfs --ca s"),
+        *("image --from x", "image --sign-key m", "publish --to /sr"),
+    ],
+)
+def test_bash_completes_files_where_one_may_be_named(words: str) -> None:
+    env = {"_ANCHOR_BUILD_COMPLETE": "bash_complete", "COMP_WORDS": f"anchor-build {words}", "COMP_CWORD": "3"}
+    argv = [sys.executable, "-c", "from anchor_build.cli import main; main()"]
+    done = subprocess.run(argv, cwd=TOP, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.stdout == f"file,{words.split()[-1]}\n"
 
 
 def test_a_reader_that_goes_away_is_no_bug() -> None:

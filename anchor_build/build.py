@@ -26,7 +26,7 @@ from anchor_build.elf import dynamic_linker
 from anchor_build.errors import AnchorError, ProcessError
 from anchor_build.files import PLAIN_PATH, beside, disk_errors, disk_hint, output_problems, sha256, work_directory
 from anchor_build.inputs import Observation, facts_of
-from anchor_build.kernel import Kernel
+from anchor_build.kernel import Kernel, check_place
 from anchor_build.network import expected_back_end
 from anchor_build.oci import Access
 from anchor_build.plan import Plan
@@ -171,6 +171,7 @@ def check_output(output: Path) -> None:
 
 def _check_host(build: InitramfsBuild, installed: dracut.Dracut) -> None:
     """Refuse, all at once, what would only fail in the middle of dracut's run."""
+    check_place(build.kernel)
     problems: list[str] = []
     unknown: list[str] = []
     where = "" if build.kernel.root.is_host else f" in {build.kernel.root.name}"

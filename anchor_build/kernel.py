@@ -210,6 +210,15 @@ def installed_releases(root: Root = HOST) -> list[str]:
     return sorted(names, key=version_key)
 
 
+def check_place(kernel: Kernel) -> None:
+    """Raise AnchorError where dracut would not take a kernel's modules: it knows no other place (dracut.sh)."""
+    if kernel.modules.parent.parts[-2:] != ("lib", "modules"):
+        raise AnchorError(
+            f"--modules {kernel.modules}: dracut takes modules only from a directory lib/modules/{kernel.release}",
+            "move or copy them to one; it may lie anywhere",
+        )
+
+
 def _find_modules(release: str, image: Path | None, modules: Path | None, root: Root) -> Path:
     if modules is not None:
         candidates = [modules.resolve()]

@@ -186,6 +186,10 @@ def command(
     check_machine(machine)
     for option, output in (("--console", log), ("--boot-json", boot_json)):
         refuse_overwriting(option, filter(None, [output]), (kernel, initrd, *oem_files))
+    if "root=anchor" not in machine.append.split():
+        console.warn(
+            "--append has no root=anchor: unless it is baked in, the node does not use anchor and reports nothing"
+        )
     machine = replace(machine, accel=choose_accel(accel))
     steps = LiveSteps(console, machine.accel)
     got_there = False

@@ -25,7 +25,7 @@ def check(directory: Path, **files: str) -> list[str]:
         name = name.replace("_", "-").replace("-pem", ".pem").replace("-pub", ".pub")
         (directory / name).write_text(text, encoding="utf-8")
     # Of the module's files this one is bash, as dracut is.
-    argv = ["bash", "-c", SCRIPT, "bash", TOP / "dracut-modules" / "anchor" / "install-core.sh", directory]
+    argv = ["bash", "-c", SCRIPT, "bash", str(TOP / "dracut-modules/anchor/install-core.sh"), str(directory)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert done.returncode == (1 if done.stdout else 0)

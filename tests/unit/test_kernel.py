@@ -8,7 +8,7 @@ import pytest
 
 from anchor_build import kernel
 from anchor_build.errors import AnchorError
-from anchor_build.kernel import Kernel, find_kernel, installed_releases, release_of, version_key
+from anchor_build.kernel import Kernel, check_place, find_kernel, installed_releases, release_of, version_key
 
 RELEASE = "6.1.0-56-cloud-amd64"
 
@@ -143,6 +143,15 @@ def test_a_kernel_and_the_modules_of_another_one(tmp_path: Path, by_image: bool)
     directory = modules(tmp_path / "x", "6.1.0-18-amd64")
     with pytest.raises(AnchorError, match=r"is 6\.1\.0-56-cloud-amd64, but --modules .* is of 6\.1\.0-18-amd64"):
         find_kernel(wanted, directory)
+
+
+def test_dracut_takes_modules_from_one_place_only(tmp_path: Path) -> None:
+    for name in ("lib/modules", "usr/lib/modules"):
+        check_place(find_kernel(None, modules(tmp_path / name, RELEASE)))
+    with pytest.raises(
+        AnchorError, match=f"--modules {tmp_path}/x/{RELEASE}: dracut takes modules only from a directory"
+    ):
+        check_place(find_kernel(None, modules(tmp_path / "x", RELEASE)))
 
 
 @pytest.mark.parametrize("content", [b"", b"ELF", b"\0" * 0x8000, b"\0" * 0x202 + b"HdrS"], ids=len)

@@ -360,6 +360,12 @@ def test_the_log_takes_the_place_of_no_input(fake: Fake, machine: Machine) -> No
     assert (machine.initrd.read_bytes(), pid_file.exists()) == (before, False)
 
 
+def test_a_command_line_without_anchor_is_warned_of(fake: Fake, machine: Machine) -> None:
+    fake("exit 1")
+    assert "warning: --append has no root=anchor: " in invoke(machine, "--append", "quiet").stderr
+    assert "no root=anchor" not in invoke(machine, "--append", "quiet root=anchor").stderr
+
+
 def test_verbose_command_shows_the_console_and_the_notes(fake: Fake, machine: Machine) -> None:
     end = '{"event":"end","step":"image","stage":"squashfs","result":"ok","start_ms":1,"duration_ms":2,"bytes":12}'
     fake(f"""printf 'one \\033[31mred\\033[0m\\n' >"$console"; sleep 0.3

@@ -418,7 +418,7 @@ def _contents(
         "drivers": list(contents.drivers),
         "firmware": list(wanted.included),
         "missing_firmware": {driver: list(files) for driver, files in wanted.missing.items()},
-        "warnings": _warnings(build, wanted),
+        "warnings": _warnings(build, wanted, initramfs),
     }
 
 
@@ -438,9 +438,14 @@ def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[
     return inputs
 
 
-def _warnings(build: InitramfsBuild, wanted: Firmware) -> list[str]:
+def _warnings(build: InitramfsBuild, wanted: Firmware, initramfs: Initramfs) -> list[str]:
     secrets = [setting.param.key for setting in build.settings if setting.is_secret]
     found = list(build.warnings)
+    if not build.kernel.drives_network(initramfs.members):
+        found.append(
+            f"no driver of a network card is inside, nor in kernel {build.kernel.release} itself: are all its modules"
+            " installed (kernel-modules in Fedora), and is --drivers right?"
+        )
     if secrets:
         found.append(
             f"holds secrets ({', '.join(secrets)}): whoever can fetch this initramfs can read them; its mode is 0600"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from anchor_build.root import HOST, Root
 MODULE_TREES = (Path("/lib/modules"), Path("/usr/lib/modules"))
 IMAGE_NAMES = ("vmlinuz", "vmlinux", "Image")
 RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*")
+# Where the kernel's source has the drivers of network cards. The rest of drivers/net is bonds, tunnels and the like.
+CARD = re.compile(
+    r"drivers/(net/(ethernet|usb|vmxnet3|hyperv)/|net/(virtio_net|xen-netfront)\.|infiniband/ulp/ipoib/|s390/net/)"
+)
 # Offsets of the x86 boot protocol: Documentation/arch/x86/boot.rst, "HdrS" and kernel_version.
 SETUP_MAGIC = (0x202, b"HdrS")
 VERSION_POINTER = 0x20E
@@ -41,6 +46,10 @@ class Kernel:
     def builtin_names(self) -> frozenset[str]:
         """Return the names of the drivers that are part of the kernel itself."""
         return frozenset(_module_name(line) for line in _lines(self.modules / "modules.builtin"))
+
+    def drives_network(self, paths: Iterable[str]) -> bool:
+        """Whether a network card has its driver among the files of an initramfs, or in the kernel itself."""
+        return any(CARD.search(path) for path in (*paths, *_lines(self.modules / "modules.builtin")))
 
     def unpacks(self, compression: str) -> bool:
         """Say whether this kernel can unpack an initramfs compressed so: by its configuration, else by its version."""

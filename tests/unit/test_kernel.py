@@ -145,6 +145,20 @@ def test_a_kernel_and_the_modules_of_another_one(tmp_path: Path, by_image: bool)
         find_kernel(wanted, directory)
 
 
+def test_which_files_are_drivers_of_network_cards(tmp_path: Path) -> None:
+    found = find_kernel(None, modules(tmp_path, RELEASE))
+    top = f"usr/lib/modules/{RELEASE}"
+    others = [f"{top}/kernel/drivers/net/{name}.ko" for name in ("bonding/bonding", "phy/phylib", "net_failover")]
+    assert not found.drives_network([*others, "usr/bin/bash"])
+    for name in (
+        "kernel/drivers/net/virtio_net.ko.xz",
+        "extra/mlnx/drivers/net/ethernet/mellanox/mlx5/core/mlx5_core.ko",
+    ):
+        assert found.drives_network([*others, f"{top}/{name}"])
+    (found.modules / "modules.builtin").write_text("kernel/drivers/net/ethernet/intel/igb/igb.ko\n", encoding="utf-8")
+    assert found.drives_network([])
+
+
 def test_dracut_takes_modules_from_one_place_only(tmp_path: Path) -> None:
     for name in ("lib/modules", "usr/lib/modules"):
         check_place(find_kernel(None, modules(tmp_path / name, RELEASE)))

@@ -317,7 +317,7 @@ def _run_dracut(
     try:
         # What dracut makes itself goes into the initramfs: its modes must not depend on who builds.
         argv = enter(root, work, dracut.arguments(installed, request))
-        helper = installer.installing(root, work, request.config.parent, request.linker)
+        helper = installer.installing(root, work, request.linker)
         with helper if request.install else nullcontext(installer.Made()) as made:
             run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
     except ProcessError as error:

@@ -23,7 +23,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from anchor_build.cpio import Initramfs, read_tree
 from anchor_build.dracut import BASE
 from anchor_build.elf import MAGIC
 from anchor_build.errors import AnchorError
-from anchor_build.root import MAX_LINKS, WRITABLE, Root
+from anchor_build.root import MAX_LINKS, Root, mounts_of
 from anchor_build.run import run
 
 # Beside this file: what dracut reads, and what it calls.
@@ -74,11 +74,11 @@ class Made:
 
 
 @contextmanager
-def installing(root: Root, work: Path, seen: Path, linker: str) -> Iterator[Made]:
+def installing(root: Root, work: Path, linker: str) -> Iterator[Made]:
     """Copy for a dracut that runs meanwhile; `prepare` has made its side.
 
-    `seen` is `work` as dracut sees it. `linker` lists what programs need, if there is one. A bug that showed meanwhile,
-    while dracut helped itself, is raised at the end.
+    `linker` lists what programs need, if there is one. A bug that showed meanwhile, while dracut helped itself, is
+    raised at the end.
     """
     handles = {name: os.open(work / name, os.O_RDWR | os.O_CLOEXEC) for name in (ASK, ANSWER, TURN)}
     wake, end = os.pipe()
@@ -86,7 +86,7 @@ def installing(root: Root, work: Path, seen: Path, linker: str) -> Iterator[Made
     asks = linker and root.is_host and ASKS_LDD in program
     lister = _Lister(linker if asks else "")
     made = Made()
-    files = _Files(root, work, seen, keeps_owners=KEEPS_OWNERS.search(program) is not None)
+    files = _Files(root, work, mounts_of(root, work), keeps_owners=KEEPS_OWNERS.search(program) is not None)
     server = _Server(files, lister, handles[ASK], handles[ANSWER], made)
     thread = threading.Thread(target=server.serve, args=(wake,), name="installer")
     os.write(handles[TURN], b".")
@@ -104,7 +104,7 @@ def installing(root: Root, work: Path, seen: Path, linker: str) -> Iterator[Made
 
 
 def prepare(work: Path, seen: Path) -> str:
-    """Make the pipes, and what dracut calls; return the lines for its configuration. `seen` is as in `installing`."""
+    """Make the pipes, and what dracut calls; return the lines for its configuration. `seen` is `work` for dracut."""
     for name in (ASK, ANSWER, TURN):
         os.mkfifo(work / name, 0o600)
     shutil.copyfile(Path(__file__).parent / FUNCTIONS, work / FUNCTIONS)
@@ -122,7 +122,7 @@ class _Files:
 
     root: Root
     work: Path
-    seen: Path
+    mounts: Mapping[Path, Path | None]
     keeps_owners: bool = True
 
     def at(self, path: str) -> str:
@@ -134,36 +134,10 @@ class _Files:
             raise _NotHere
         if self.root.is_host:
             return path
-        done: list[str] = []
-        todo = [part for part in path.split("/") if part not in ("", ".")]
-        links = 0
-        while todo:
-            part = todo.pop(0)
-            if part == "..":
-                done[-1:] = []
-                continue
-            done.append(part)
-            if not todo:
-                break
-            if self.seen.is_relative_to(Path("/", *done)):
-                continue  # where the work directory is seen, and that is no link
-            with suppress(OSError):
-                target = os.readlink(self._host(done))
-                links += 1
-                if links > MAX_LINKS:
-                    raise _NotHere
-                done = [] if target.startswith("/") else done[:-1]
-                todo = [name for name in target.split("/") if name not in ("", ".")] + todo
-        return self._host(done)
-
-    def _host(self, parts: Sequence[str]) -> str:
-        path = Path("/", *parts)
-        if path.is_relative_to(self.seen):
-            return str(self.work / path.relative_to(self.seen))
-        hidden = (*WRITABLE, "proc", "sys", "dev")
-        if any(path.is_relative_to(f"/{name}") for name in hidden):
+        found = self.root.find(path, self.mounts, follow_last=False)
+        if found is None:
             raise _NotHere
-        return str(self.root.directory.joinpath(*parts))
+        return str(found)
 
     def inside(self, top: str) -> str:
         """Return where the tree of the initramfs is that dracut makes; raises _NotHere for another directory."""

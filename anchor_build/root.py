@@ -11,9 +11,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from anchor_build.elf import machine_of
 from anchor_build.errors import AnchorError
@@ -29,6 +30,7 @@ WRITABLE = ("run", "tmp", "var/tmp")
 TOOLS = ("unshare", "setpriv", "mount", "chroot")
 TOP_HINT = "name the top directory of an installed system, the one that holds usr and etc"
 MAX_LINKS = 40
+NO_MOUNTS: Mapping[Path, Path | None] = MappingProxyType({})
 # Which programs of another processor each of them runs as well.
 ALSO_RUNS = {"x86_64": {"i386"}}
 
@@ -105,27 +107,42 @@ class Root:
         """
         if self.is_host:
             return Path("/", path)
-        done: list[str] = []
-        todo = [part for part in str(path).split("/") if part]
+        return self.find(path) or self.directory / str(path).lstrip("/")
+
+    def find(
+        self, path: Path | str, mounts: Mapping[Path, Path | None] = NO_MOUNTS, *, follow_last: bool = True
+    ) -> Path | None:
+        """Return where a path is on the host for whoever sees `mounts` in this system, as `mounts_of` has them.
+
+        None where it leads in a circle, or to what is not to be seen on the host. With `follow_last` its last part is
+        followed, too, if it is a symbolic link.
+        """
+        tops = {Path("/"): self.directory, **mounts}
+        here = Path("/")
+        todo = _parts(str(path))
         links = 0
         while todo:
             part = todo.pop(0)
             if part == "..":
-                done[-1:] = []
+                here = here.parent
                 continue
-            here = self.directory.joinpath(*done, part)
+            here /= part
+            # What something is mounted on is no link.
+            if here in tops or not (todo or follow_last):
+                continue
+            place = _place(here, tops)
+            if place is None:
+                return None
             try:
-                target = str(here.readlink())
+                target = str(place.readlink())
             except OSError:
-                done.append(part)
                 continue
             links += 1
             if links > MAX_LINKS:
-                return self.directory / str(path).lstrip("/")
-            if target.startswith("/"):
-                done = []
-            todo = [name for name in target.split("/") if name not in ("", ".")] + todo
-        return self.directory.joinpath(*done)
+                return None
+            here = Path("/") if target.startswith("/") else here.parent
+            todo = _parts(target) + todo
+        return _place(here, tops)
 
     def inside(self, path: Path) -> Path:
         """Return the path in this system of what is at `path` on the host, below its directory."""
@@ -144,6 +161,17 @@ class Root:
 
 
 HOST = Root()
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _place(path: Path, tops: Mapping[Path, Path | None]) -> Path | None:
+    """Return where a path without links is, below the nearest of `tops`."""
+    top = next(each for each in (path, *path.parents) if each in tops)
+    place = tops[top]
+    return place and place / path.relative_to(top)
 
 
 def open_root(directory: Path, label: str = "", identity: str = "", *, to_run: bool = True) -> Root:
@@ -184,6 +212,22 @@ def open_root(directory: Path, label: str = "", identity: str = "", *, to_run: b
     return root
 
 
+def mounts_of(root: Root, work: Path) -> dict[Path, Path | None]:
+    """Return what `enter` mounts in a system besides what is there: where, and what of the host; None if it is not.
+
+    That is the work directory, and the kernel's file systems and empty ones in memory.
+    """
+    if root.is_host:
+        return {}
+    hidden = [Path("/", name) for name in ("proc", "sys", "dev")] + _written(root)
+    return {**dict.fromkeys(hidden), WORK: work}
+
+
+def _written(root: Root) -> list[Path]:
+    """Return the directories of a system that a command inside may write to, being empty file systems in memory."""
+    return sorted({root.inside(path) for name in WRITABLE if (path := root.at(name)).is_dir()})
+
+
 def enter(root: Root, work: Path, argv: Sequence[str | Path]) -> list[str]:
     """Return the command that runs `argv` in a system, in `work`, which is seen as WORK there.
 
@@ -192,11 +236,9 @@ def enter(root: Root, work: Path, argv: Sequence[str | Path]) -> list[str]:
     if root.is_host:
         return [str(word) for word in argv]
     (work / "root").mkdir(exist_ok=True)
-    places = {root.inside(path) for name in WRITABLE if (path := root.at(name)).is_dir()}
-    mounted = _mounts_below(root.directory)
-    hidden = {Path("/", name) for name in ("proc", "sys", "dev")} | places
-    shown = [place for place in mounted if not any(place.is_relative_to(top) for top in hidden)]
-    words = [root.directory, work, len(shown), *shown, len(places), *sorted(places), *argv]
+    places, tops = _written(root), mounts_of(root, work)
+    shown = [place for place in _mounts_below(root.directory) if not any(place.is_relative_to(top) for top in tops)]
+    words = [root.directory, work, len(shown), *shown, len(places), *places, *argv]
     # If this process is killed, the kernel kills unshare (setpriv), and that kills the first process inside.
     return [
         *("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "private"),

@@ -16,7 +16,7 @@ import pytest
 from anchor_build import installer
 from anchor_build.elf import dynamic_linker
 from anchor_build.installer import Made
-from anchor_build.root import HOST, Root
+from anchor_build.root import HOST, WORK, Root, mounts_of
 from tests.conftest import TOP
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -60,7 +60,7 @@ class Build:
 def build(tmp_path: Path) -> Iterator[Build]:
     """Return one that is helped."""
     made = Build(tmp_path / "helped")
-    with installer.installing(HOST, made.work, made.work, dynamic_linker(Path("/bin/sh"))) as made.made:
+    with installer.installing(HOST, made.work, dynamic_linker(Path("/bin/sh"))) as made.made:
         yield made
 
 
@@ -188,7 +188,7 @@ def test_a_question_that_cannot_be_read_ends_the_help_at_once(
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda raised: print(raised.exc_type.__name__))  # noqa: T201
     one = Build(tmp_path / "one")
-    with installer.installing(HOST, one.work, one.work, ""):
+    with installer.installing(HOST, one.work, ""):
         with (one.work / installer.ASK).open("wb") as pipe:
             pipe.write(b"id\0path\0no number\0word\0")
         while (one.work / installer.TURN).exists():
@@ -204,7 +204,7 @@ def test_a_bug_is_answered_and_raised_when_dracut_has_ended(tmp_path: Path, monk
 
     monkeypatch.setattr(installer, "_copy", broken)
     one, done = Build(tmp_path / "one"), None
-    with pytest.raises(IndexError, match="a bug"), installer.installing(HOST, one.work, one.work, ""):
+    with pytest.raises(IndexError, match="a bug"), installer.installing(HOST, one.work, ""):
         done = one.run("install /etc/passwd")
     assert done is not None and done.returncode == 0
     assert "etc/passwd" in one.contents()
@@ -303,17 +303,25 @@ def test_it_writes_nothing_outside_the_tree(build: Build, tmp_path: Path) -> Non
 
 
 def test_paths_of_another_system(tmp_path: Path) -> None:
-    top, work, seen = tmp_path / "root", tmp_path / "work", Path("/tmp/anchor-build")  # noqa: S108 - as in root.py
-    (top / "usr/lib").mkdir(parents=True)
+    top, work, seen = tmp_path / "root", tmp_path / "work", WORK
+    for name in ("usr/lib", "tmp", "run"):
+        (top / name).mkdir(parents=True)
     (top / "lib").symlink_to("/usr/lib")
     (work / "dracut").mkdir(parents=True)
     (work / "dracut/mod").symlink_to("/lib/module")
-    files = installer._Files(Root(top), work, seen)
+    (top / "etc").mkdir()
+    for link, target in (("link", "/etc"), ("ring", "ring/x"), ("var-run", "/run")):
+        (top / link).symlink_to(target)
+    files = installer._Files(Root(top), work, mounts_of(Root(top), work))
     assert files.at("/lib/x") == f"{top}/usr/lib/x"
     assert files.at("/../../lib/../etc/x") == f"{top}/usr/etc/x"
     assert files.at(f"{seen}/dracut/mod/x") == f"{top}/usr/lib/module/x"
     assert files.at(f"{seen}/etc/x") == f"{work}/etc/x"
-    for hidden in ("/tmp/x", "/proc/1/environ", "/run/x", "/dev/null", f"{seen}/../x"):  # noqa: S108
+    assert files.at("/link") == f"{top}/link"
+    assert files.at("/link/x") == f"{top}/etc/x"
+    assert files.at("/run/../etc/x") == f"{top}/etc/x"
+    hidden_ones = ("/tmp/x", "/proc/1/environ", "/run/x", "/var-run/x", "/dev/null", "/run", f"{seen}/../x", "etc/x")  # noqa: S108
+    for hidden in (*hidden_ones, "/ring/x"):
         with pytest.raises(installer._NotHere):
             files.at(hidden)
 
@@ -321,6 +329,6 @@ def test_paths_of_another_system(tmp_path: Path) -> None:
 def test_a_process_that_ends_leaves_no_thread(tmp_path: Path) -> None:
     one = Build(tmp_path / "one")
     before = threading.enumerate()
-    with installer.installing(HOST, one.work, one.work, ""):
+    with installer.installing(HOST, one.work, ""):
         assert len(threading.enumerate()) > len(before)
     assert threading.enumerate() == before

@@ -137,8 +137,9 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
             step(f"run dracut {installed.version_text} for kernel {build.kernel.release}"),
             ThreadPoolExecutor(1) as aside,
         ):
-            inputs = aside.submit(_inputs, build, modules)
+            digests = aside.submit(_inputs, build, modules)
             tree = _run_dracut(build, installed, request, work)
+        inputs = digests.result()
         with step("read it back"):
             made = tree or read_initramfs(work / ARCHIVE)
             stripped = strip(made, build.kernel.root, work)
@@ -150,10 +151,9 @@ def build_initramfs(build: InitramfsBuild, step: Step, *, use_cache: bool = True
             compressed(compression, work / ARCHIVE, partial, build.kernel, work),
         ):
             _verify(build, modules, site, initramfs)
-            contents = _contents(build, installed, request, site, work, initramfs)
+            contents = _contents(build, installed, request, site, work, initramfs, inputs)
         data = partial.read_bytes()
         report = {"sha256": sha256(data), "bytes": len(data), "compression": compression.command, **contents}
-        report["inputs"] = inputs.result()
         report |= {"left_out": left_out, "embedded": embedded}
         if warning := embed.size_warning(len(images)):
             report["warnings"].append(warning)
@@ -395,6 +395,7 @@ def _contents(
     site: Mapping[str, bytes],
     work: Path,
     initramfs: Initramfs,
+    inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     contents = readback.measure(initramfs, build.plan, build.kernel)
     wanted = firmware(initramfs, work)
@@ -410,7 +411,7 @@ def _contents(
         "manifest_keys": [key.fingerprint for key in build.manifest_keys],
         "manifest_since": build.manifest_since,
         "settings": {setting.param.key: setting.shown for setting in build.settings},
-        "inputs": {},
+        "inputs": dict(inputs),
         "uncompressed_bytes": contents.total,
         "files": contents.files,
         "bytes_by_stage": dict(contents.by_owner),

@@ -11,7 +11,7 @@ from anchor_build.cmdline import COMMAND_LINE_MAX, Word, split
 from anchor_build.network import remarks
 from anchor_build.plan import Plan, chooses_absent
 from anchor_build.settings import Setting, unknown_parameter
-from anchor_build.stage import PREFIX, Param, Stage, missing_of
+from anchor_build.stage import PREFIX, Param, Stage, digest_holders, missing_of, unprotected
 
 MANIFEST = f"{PREFIX}manifest"
 BESIDE_MANIFEST = f"is not for a boot with {MANIFEST}=, which says what to boot: give one of the two"
@@ -86,6 +86,7 @@ def check_command_line(
             state.chosen[kind] = stage.name
             _require(state, stage)
             _require_one(state, stage)
+            _require_digests(state, stage)
     _warn_of_unused(state)
     return CheckResult(tuple(state.errors), tuple(state.warnings), state.chosen, state.values)
 
@@ -168,6 +169,13 @@ def _require_one(state: _Check, stage: Stage) -> None:
     state.errors += [f"{key}: is given beside {given[0]}: give one of the two" for key in given[1:]]
     if stage.places and not given:
         state.errors.append(f"{stage.places[0].key}: {missing_of(stage)}")
+
+
+def _require_digests(state: _Check, stage: Stage) -> None:
+    for param, scheme, holder in digest_holders(stage):
+        reference = state.values[param.key]
+        if reference.startswith(f"{scheme}://") and "@sha256:" not in f"{reference}:{state.values[holder.key]}":
+            state.errors.append(f"{param.key}: {unprotected(scheme)}")
 
 
 def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:

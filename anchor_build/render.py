@@ -17,7 +17,16 @@ from anchor_build.errors import AnchorError
 from anchor_build.plan import DEFAULTS, Plan, chooses_absent
 from anchor_build.registry import data_directory, find_lib
 from anchor_build.settings import SYSTEM_BUNDLES
-from anchor_build.stage import DECLARATION, Param, Stage, is_promised, missing_of, shell_word
+from anchor_build.stage import (
+    DECLARATION,
+    Param,
+    Stage,
+    digest_holders,
+    is_promised,
+    missing_of,
+    shell_word,
+    unprotected,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -165,6 +174,7 @@ def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
         "required": [param for param in stage.params if param.required],
         "places": stage.places,
         "missing": missing_of(stage),
+        "digest_holders": [(*holder, unprotected(holder[1])) for holder in digest_holders(stage)],
         "sources": [param for param in stage.params if param.source],
         "promised_drivers": [driver for driver in stage.drivers if is_promised(driver)],
         "choosers": [(name, chooses_absent(asked)) for name, asked in sorted(choosers.items())],

@@ -55,7 +55,10 @@ def shell_word(name: str) -> str:
 
 @dataclass(frozen=True)
 class Param:
-    """One typed kernel command-line option; `default` is already normalised, None when there is none."""
+    """One typed kernel command-line option; `default` is already normalised, None when there is none.
+
+    With one of `digest_schemes` the reference that it holds needs a digest, which may be in the parameter `digest_in`.
+    """
 
     name: str
     key: str
@@ -68,6 +71,8 @@ class Param:
     options: Mapping[str, Any] = field(default_factory=dict)
     source: bool = False
     digest: str | None = None
+    digest_schemes: tuple[str, ...] = ()
+    digest_in: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -201,6 +206,17 @@ def missing_of(stage: Stage) -> str:
         return ""
     others = [param.key for param in stage.places[1:]]
     return f"is required by the stage {stage.name}" + (f", or instead of it {' or '.join(others)}" if others else "")
+
+
+def digest_holders(stage: Stage) -> tuple[tuple[Param, str, Param], ...]:
+    """Return the parameters that need a digest with a scheme: which, with what scheme, and which one has the digest."""
+    params = {param.name: param for param in stage.params}
+    return tuple((p, scheme, params[p.digest_in or p.name]) for p in stage.params for scheme in p.digest_schemes)
+
+
+def unprotected(scheme: str) -> str:
+    """Say, of a reference with this scheme, that it has no digest, in the words of lib/anchor-oci.sh."""
+    return f"nothing protects {scheme}://: add the manifest's digest (@sha256:...) or use https://"
 
 
 class _Table:
@@ -413,7 +429,13 @@ def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
         options=options,
         source=table.flag("source"),
         digest=table.text("digest", PARAM_NAME) or None,
+        digest_schemes=table.texts("digest_schemes", SCHEME),
+        digest_in=table.text("digest_in", PARAM_NAME) or None,
     )
+    if param.digest_schemes and param.type != "url":
+        table.problem("digest_schemes", "is for a parameter of type url")
+    if param.digest_in and not param.digest_schemes:
+        table.problem("digest_in", "makes no sense without digest_schemes")
     if param.source and "url" not in (param.type, options.get("of")):
         table.problem("source", "is for a parameter of type url, or a list of such")
     if param.required and param.default is not None:
@@ -449,6 +471,8 @@ def _check_param_names(stage: Stage, top: _Table) -> None:
         target = names.get(param.digest or "")
         if param.digest and (target is None or target.type != "sha256"):
             top.problems.append(f"{top.file}: param[{n}].digest: {param.digest!r} names no parameter of type sha256")
+        if param.digest_in and param.digest_in not in names:
+            top.problems.append(f"{top.file}: param[{n}].digest_in: {param.digest_in!r} names no parameter")
 
 
 def _check_one_of(stage: Stage, header: _Table) -> None:

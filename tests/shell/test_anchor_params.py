@@ -157,6 +157,18 @@ EXTRA = [
     "root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda",
     "root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda oci.tag=h/x:y",
     f"root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m dd.of=/dev/vda rd.anchor.disk.sha256={SHA}",
+    *(
+        f"root=anchor acme_server=ca.example rd.anchor.image={words}"
+        for words in (
+            "oci rd.anchor.oci.image=HTTP://h/x:y",
+            f"oci rd.anchor.oci.image=http://h/x:y@sha256:{SHA}",
+            "oci rd.anchor.oci.image=h/x rd.anchor.oci.mirrors=http://near/x",
+            "buildah buildah_registry=http://h buildah_image=x",
+            f"buildah buildah_registry=http://h buildah_image=x@sha256:{SHA}",
+            "buildah buildah_registry=h buildah_image=x",
+        )
+    ),
+    "root=anchor acme_server=ca.example rd.anchor.manifest=https://h/m rd.anchor.oci.image=http://h/x:y",
     # What a kernel hands to its first process as a variable must not become a parameter.
     f"{BASE} anchor_acme_server=evil.example anchor_squashfs_url=http://evil/ anchor_auth=none",
 ]

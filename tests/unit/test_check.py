@@ -7,7 +7,7 @@ import pytest
 from anchor_build.check import check_command_line
 from anchor_build.plan import Plan, make_plan, whole_plan
 from anchor_build.registry import load_registry
-from tests.conftest import OLDER_CHOICES
+from tests.conftest import OLDER_CHOICES, TOP
 
 TRUSTED = f"rd.anchor.squashfs.sha256={'0' * 64}"
 GOOD = f"root=anchor acme_server=ca.example squashfs_server=https://store/i.squashfs {TRUSTED}"
@@ -119,6 +119,11 @@ def test_an_image_at_a_registry_is_named_by_the_line_or_by_a_manifest() -> None:
     assert error.startswith("rd.anchor.oci.image: is not for a boot with rd.anchor.manifest=")
     [error] = check_command_line(plan, "root=anchor rd.anchor.oci.platform=linux/arm64").errors
     assert error == "rd.anchor.oci.image: is required by the stage oci"
+    [error] = check_command_line(plan, "root=anchor rd.anchor.oci.image=http://registry/x:1").errors
+    reason = "nothing protects http://: add the manifest's digest (@sha256:...) or use https://"
+    assert error == f"rd.anchor.oci.image: {reason}"
+    # The node says so of what a manifest names, too.
+    assert reason in (TOP / "lib/anchor-oci.sh").read_text(encoding="utf-8")
     plan = make_plan(load_registry(), auth=["none"], image=["squashfs"])
     [error, *_] = check_command_line(plan, "root=anchor rd.anchor.oci.image=registry/x").errors
     assert error.startswith("rd.anchor.oci.image: chooses a stage that this initramfs does not hold")

@@ -8,7 +8,7 @@ import click
 
 from anchor_build.console import Console
 from anchor_build.oci import Access
-from anchor_build.options import json_option, registry_options, valid_seconds
+from anchor_build.options import json_option, registry_options, stage_dir_option, valid_seconds
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -62,6 +62,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--sign-key", default="", metavar="FILE|URI", help="A private key (PEM), or a PKCS#11 URI, that signs it."
 )
 @click.option("--sign-pass-file", type=FILE, metavar="FILE", help="The key's passphrase or PIN. Default: ask.")
+@stage_dir_option
 @json_option
 @click.pass_obj
 def command(
@@ -84,6 +85,7 @@ def command(
     valid_for: str | None,
     sign_key: str,
     sign_pass_file: Path | None,
+    stage_dir: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Make a squashfs or erofs image from SOURCE, a directory or a tar, from a container image or a distribution.
@@ -109,6 +111,7 @@ def command(
     from anchor_build.manifest_oci import Signing, name_image
     from anchor_build.oci import check_platform, parse_reference
     from anchor_build.paramtypes import InvalidValueError, check_value
+    from anchor_build.registry import load_registry
 
     if sum(given is not None for given in (source, distribution, container, named)) != 1:
         raise click.UsageError("Give one of SOURCE, --from, --at and --distribution.")
@@ -125,10 +128,11 @@ def command(
     if sign_pass_file is not None and not sign_key:
         raise click.UsageError("--sign-pass-file belongs to --sign-key.")
     seconds = valid_seconds(valid_for)
+    schemes = [scheme for stage in load_registry(stage_dir).of_kind("transport") for scheme in stage.schemes]
     for option, given in (("--url", urls), ("--peer", peers)):
         for url in given:
             try:
-                check_value("url", url, {})
+                check_value("url", url, {"schemes": schemes})
             except InvalidValueError as error:
                 raise click.UsageError(f"{option} {url}: {error}.") from None
     if named is not None:

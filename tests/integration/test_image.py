@@ -224,6 +224,7 @@ def test_what_cannot_be_a_source_is_told_and_nothing_is_left(tree: Path, tmp_pat
         ((tree, "--compression", "lz4:3"), 2, "lz4 and xz have no levels"),
         ((tree, "--valid-for", "soon"), 2, "is not a duration"),
         ((tree, "--url", "store"), 2, "--url store: is not a URL"),
+        ((tree, "--url", "ftp://x/"), 2, "--url ftp://x/: is not a URL with one of the schemes: https http"),
         ((tree, "--peer", "https://x/", "--peer", "y"), 2, "--peer y: is not a URL"),
         (
             (tree, "--sign-key", tmp_path / "text", "--sign-pass-file", "/dev/zero"),

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, RawIOBase
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+
+from anchor_build.errors import UsageError
 
 TICK_S = 0.2
 # Where no line can be rewritten, as in a pipeline's log, there is a new one so often: some end what is silent.
@@ -118,6 +120,12 @@ class Console:
     def live(self) -> bool:
         """Whether a line on stderr may be rewritten."""
         return self.verbosity >= 0 and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def refuse_events(self, outputs: Iterable[Path | None]) -> None:
+        """Raise UsageError where events go to one of the files that the command is going to write."""
+        for output in outputs:
+            if output is not None and self.events is not None and self.events.is_in(output):
+                raise UsageError(f"--events: {output} is what this command makes", "name another file for the events")
 
     @contextmanager
     def step(self, title: str, progress: Callable[[], str] | None = None) -> Iterator[None]:

@@ -138,6 +138,7 @@ def command(
     if named is not None:
         reference = parse_reference(named, f"--at {named}")
         output = output or Path(reference.name.rpartition("/")[2] + SUFFIX)
+        console.refuse_events([output])
         told = name_image(reference, access, Signing(output, sign_key, sign_pass_file, seconds), console.step)
         for text in told["warnings"]:
             console.warn(text)
@@ -180,6 +181,7 @@ def command(
     )
     if build.distribution is not None:
         _ = build.distribution.release
+    console.refuse_events((build.output, build.manifest_file, build.report_file))
     report = build_image(build, console.step)
     for text in report["warnings"]:
         console.warn(text)

@@ -237,6 +237,7 @@ def command(
         )
         texts = (drivers, container or "", *embed_images, *named_files(settings))
         read = [ca, for_image, found.image, *manifest_keys, *map(Path, filter(None, texts))]
+        console.refuse_events((build.output, build.report_file, build.kernel_file))
         refuse_overwriting("--output", (build.output, build.report_file), filter(None, read))
         report = build_initramfs(build, console.step, use_cache=not no_cache)
     for text in report["warnings"]:

@@ -105,6 +105,7 @@ def command(
         if not sign_key and (sign_pass_file or valid_for):
             raise click.UsageError("--sign-pass-file and --valid-for belong to --sign-key.")
         beside = image.with_name(f"{image.name}.oci{SUFFIX}")
+        console.refuse_events([beside if sign_key else None])
         signing = Signing(beside, sign_key, sign_pass_file, valid_seconds(valid_for), option="")
         keys, target = read_public_keys(manifest_keys), parse_target(to)
         said = parse_annotations(annotations)

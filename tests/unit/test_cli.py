@@ -115,6 +115,25 @@ def test_events_go_to_no_file_of_another_sort(anchor: Anchor, tmp_path: Path) ->
         assert json.loads(events.read_text().splitlines()[-1])["event"] == "failed"
 
 
+def test_events_go_to_nothing_that_is_made(anchor: Anchor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no option names it."""
+    monkeypatch.chdir(tmp_path)
+    modules, tree = Path("6.1.0-9-amd64"), Path("tree")
+    modules.mkdir()
+    tree.mkdir()
+    (modules / "modules.dep").touch()
+    (modules / "vmlinuz").write_bytes(b"kernel")
+    initramfs = ["initramfs", "--image", "squashfs", "--kernel", modules.name, "--modules", str(modules)]
+    made = {f"initramfs-{modules}.img{end}": initramfs for end in ("", ".json")} | {f"vmlinuz-{modules}": initramfs}
+    made |= {f"tree.squashfs{end}": ["image", "tree"] for end in ("", ".json", ".manifest")}
+    made["x.manifest"] = ["image", "--at", "registry.example/x:1"]
+    made["x.oci.manifest"] = ["publish", "x", "--to", "oci://registry.example/x:1", "--sign-key", "k"]
+    for name, words in made.items():
+        said = anchor("--events", name, *words)
+        assert (said.status, said.out) == (2, ""), said.err
+        assert f"error: --events: {name} is what this command makes\nhint: name another file for the events" in said.err
+
+
 def test_events_wait_for_no_reader(anchor: Anchor, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     said = anchor("--events", str(tmp_path / "pipe"), "stages")

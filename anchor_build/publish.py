@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from anchor_build.console import Step
 from anchor_build.errors import AnchorError, UsageError
@@ -52,6 +52,20 @@ HINTS = {
     "AuthorizationHeaderMalformed": "name the service's region: --region",
     "RequestTimeTooSkewed": "set the clock of this host",
 }
+
+_REACHED = "is the service running there, and is --endpoint right?"
+_TRUSTED = "name the CA that its certificate is from: --ca FILE"
+# By the status of curl (EXIT CODES in curl(1)).
+CURL_HINTS = {
+    6: _REACHED,
+    7: _REACHED,
+    28: _REACHED,
+    35: "does it speak TLS there? (--endpoint)",
+    60: _TRUSTED,
+    77: _TRUSTED,
+}
+# What a URL on a kernel command line can have in a name and means nothing else there.
+NAME = re.compile(r"[A-Za-z0-9._~+@:=-]+")
 
 
 class Target(Protocol):
@@ -124,30 +138,34 @@ class Bucket:
         if status != 200:
             # An answer to HEAD has no body that would say why.
             status, _, body = self._request("GET", name)
-            raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
+            raise _s3_error(self._url(name), status, body)
         return headers.get("content-length") == str(path.stat().st_size) and headers.get("x-amz-meta-sha256") == sha256
 
     def put(self, name: str, path: Path, sha256: str) -> None:
         """Upload; the service checks the digest, which is part of the signature."""
         status, _, body = self._request("PUT", name, "--upload-file", str(path.absolute()), payload=sha256)
         if status != 200:
-            raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
+            raise _s3_error(self._url(name), status, body)
         if not self.has(name, path, sha256):
-            raise AnchorError(f"{self.base}/{self.prefix}{name}: is not there as it was uploaded")
+            raise AnchorError(f"{self._url(name)}: is not there as it was uploaded")
 
     def read(self, name: str) -> bytes | None:
         """Fetch it."""
         # 416: an empty object has no such range.
         status, _, body = self._request("GET", name, "--range", f"0-{MAX_BYTES}")
         if status not in (200, 206, 404, 416):
-            raise _s3_error(f"{self.base}/{self.prefix}{name}", status, body)
+            raise _s3_error(self._url(name), status, body)
         return body.encode("utf-8", errors="replace") if status in (200, 206) else None
+
+    def _url(self, name: str) -> str:
+        # As the signature has it: nothing else is left as it is there.
+        return f"{self.base}/{self.prefix}{quote(name, safe='')}"
 
     def _request(
         self, method: str, name: str, *options: str, payload: str = EMPTY_SHA256
     ) -> tuple[int, Mapping[str, str], str]:
         """Return status, headers (lower case) and body. Raises AnchorError without an answer."""
-        url = f"{self.base}/{self.prefix}{name}"
+        url = self._url(name)
         headers = {"x-amz-content-sha256": payload}
         headers |= {"x-amz-meta-sha256": payload} if method == "PUT" else {}
         headers |= {"x-amz-security-token": self.credentials.token} if self.credentials.token else {}
@@ -163,7 +181,7 @@ class Bucket:
             config = "".join(f'header = "{_quoted(key)}: {_quoted(value)}"\n' for key, value in signed.items())
             done = run([*argv, *options, url], input_text=config, check=False)
             if done.status != 0:
-                raise AnchorError(f"{url}: {done.stderr.strip()[-500:] or f'curl ended with status {done.status}'}")
+                raise _curl_error(url, done.status, done.stderr)
             lines = head.read_text("latin-1").splitlines()
             pairs = (line.partition(":") for line in lines)
             headers = {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
@@ -198,6 +216,14 @@ def sign_request(
 
 def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _curl_error(url: str, status: int, said: str) -> AnchorError:
+    """Say why there was no answer, once: curl says so for each of its tries, and more about certificates."""
+    reasons = re.findall(r"^curl: \(\d+\) (.+)$", said, re.MULTILINE)
+    return AnchorError(
+        f"{url}: {reasons[-1] if reasons else f'curl ended with status {status}'}", CURL_HINTS.get(status, "")
+    )
 
 
 def _s3_error(url: str, status: int, body: str) -> AnchorError:
@@ -288,6 +314,11 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         )
     alone = image.name.endswith(SUFFIX)
     manifest_file = image if alone else image.with_name(image.name + SUFFIX)
+    if not NAME.fullmatch(manifest_file.name):
+        raise AnchorError(
+            f"{manifest_file}: would be published under its name, which has a character that a node's URL cannot have",
+            "rename it, with its image: letters, digits and ._~+@:=- will do",
+        )
     with step("verify the manifest and its signature" if alone else VERIFY), disk_errors():
         if alone:
             manifest, sha256 = _verified_alone(manifest_file, keys), ""

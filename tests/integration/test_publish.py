@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from anchor_build.files import file_digest
 from anchor_build.manifest import Manifest, manifest_text
-from anchor_build.publish import S3_MAX_BYTES, Credentials, sign_request
+from anchor_build.publish import S3_MAX_BYTES, Credentials, _curl_error, sign_request
 from anchor_build.signing import open_key, sign_text
 from contrib.site import pki, servers
 from tests.integration.test_manifest_signing import make_key
@@ -201,6 +202,12 @@ def test_s3_gets_the_image_first_and_the_manifest_last(s3: servers.S3, pair: Pai
     assert not [line for line in requests(s3) if line.startswith("PUT")]
     for secret in (s3.secret_key, s3.access_key):
         assert secret not in done.stdout + done.stderr
+    # The signature is of the path as it is sent.
+    (tmp_path / "n+1@x.manifest").write_bytes(pair.manifest.read_bytes())
+    (tmp_path / "n+1@x").write_bytes(pair.image.read_bytes())
+    done = run(tmp_path / "n+1@x", *arguments[1:], *options, **keys)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in requests(s3) if line.startswith("PUT")] == ["PUT /images/el/9/n%2B1%40x.manifest"]
 
 
 def test_s3_keeps_a_newer_manifest(s3: servers.S3, pair: Pair) -> None:
@@ -261,8 +268,36 @@ def test_an_untrusted_service_and_missing_credentials_are_told(s3: servers.S3, p
     assert "no S3 credentials" in done.stderr
     assert "AWS_PROFILE" in done.stderr
     done = run(*arguments, **ANY)
-    assert done.returncode == 1
-    assert "certificate" in done.stderr
+    [error, hint] = done.stderr.splitlines()[-2:]
+    assert (done.returncode, error.startswith(f"error: {s3.endpoint}/images/"), "certificate" in error) == (
+        1,
+        True,
+        True,
+    )
+    assert hint == "hint: name the CA that its certificate is from: --ca FILE"
+
+
+def test_a_service_that_is_away_is_told_once() -> None:
+    """As curl 7.88 does, which tries again and says the same each time, 15 s in all."""
+    said = "curl: (7) Failed to connect to 127.0.0.1 port 9 after 0 ms: Couldn't connect to server\n" * 5
+    error = _curl_error("http://127.0.0.1:9/b/x", 7, said)
+    assert error.message == (
+        "http://127.0.0.1:9/b/x: Failed to connect to 127.0.0.1 port 9 after 0 ms: Couldn't connect to server"
+    )
+    assert error.hint == "is the service running there, and is --endpoint right?"
+    assert _curl_error("http://h/", 9, "").message == "http://h/: curl ended with status 9"
+
+
+def test_a_name_that_no_url_can_have_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    for name in ("my node.squashfs", "n%20.squashfs", "a,b", "knoten-\N{LATIN SMALL LETTER O WITH DIAERESIS}"):
+        image, manifest = pair.image.with_name(name), pair.manifest.with_name(f"{name}.manifest")
+        shutil.copy(pair.image, image)
+        shutil.copy(pair.manifest, manifest)
+        done = run(image, "--to", tmp_path / "www", "--manifest-key", pair.public)
+        assert (done.returncode, "which has a character that a node's URL cannot have" in done.stderr) == (1, True)
+        assert "hint: rename it, with its image" in done.stderr
+    assert list((tmp_path / "www").iterdir()) == []
 
 
 def test_an_image_that_one_request_cannot_hold_is_refused_at_once(pair: Pair) -> None:

@@ -322,7 +322,9 @@ def _run_dracut(
             run(argv, env=env, only_env=True, cwd=work, log=log, umask=0o022)
     except ProcessError as error:
         argv = dracut.arguments(installed, request)
-        raise ProcessError(argv, error.status, error.tail, _dracut_hint(error.tail)) from None
+        raise ProcessError(
+            argv, error.status, error.tail, _dracut_hint(error.tail, request.base.parent, work)
+        ) from None
     finally:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
             build.tell(line)
@@ -332,9 +334,10 @@ def _run_dracut(
     return made.tree
 
 
-def _dracut_hint(output: str) -> str:
+def _dracut_hint(output: str, seen: Path, work: Path) -> str:
+    """Say what to do about what dracut wrote, to which `work` is at `seen`."""
     if "No space left on device" in output:
-        return disk_hint(output)
+        return disk_hint(output.replace(f"{seen}/", f"{work}/"))
     if "Permission denied" in output:
         return "dracut reads files that only root may read here: run it as root"
     left_out = LEFT_OUT.search(output)

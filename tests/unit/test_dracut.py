@@ -15,11 +15,12 @@ from anchor_build.build import _dracut_hint
 from anchor_build.dracut import Dracut, Request
 from anchor_build.elf import dynamic_linker, machine_of
 from anchor_build.errors import AnchorError
+from anchor_build.files import MEMORY
 from anchor_build.kernel import Kernel
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from anchor_build.render import render_plan
-from anchor_build.root import Root
+from anchor_build.root import WORK, Root
 
 
 @pytest.fixture
@@ -265,4 +266,11 @@ def test_a_back_end_that_cannot_be_is_refused_with_what_to_do(
     ],
 )
 def test_what_dracut_leaves_out_is_the_hint(line: str, hint: str) -> None:
-    assert _dracut_hint(f"first\n{line}\nlast\n") == hint
+    assert _dracut_hint(f"first\n{line}\nlast\n", WORK, Path("/work")) == hint
+
+
+def test_a_full_disk_is_told_where_it_is() -> None:
+    """Not where dracut sees it."""
+    said = f"cp: error writing '{WORK}/x/initramfs/x': No space left on device"
+    assert _dracut_hint(said, WORK, MEMORY / "anchor-build-x").startswith(f"make room in {MEMORY};")
+    assert _dracut_hint(said, WORK, Path("/cache/build-x")).startswith("make room where the output goes")

@@ -30,6 +30,8 @@ WRITABLE = ("run", "tmp", "var/tmp")
 TOOLS = ("unshare", "setpriv", "mount", "chroot")
 TOP_HINT = "name the top directory of an installed system, the one that holds usr and etc"
 MAX_LINKS = 40
+# Below what is no directory: a circle of links inside may be none for the kernel, which follows them on the host.
+NOWHERE = Path("/dev/null/nowhere")
 NO_MOUNTS: Mapping[Path, Path | None] = MappingProxyType({})
 # Which programs of another processor each of them runs as well.
 ALSO_RUNS = {"x86_64": {"i386"}}
@@ -103,11 +105,11 @@ class Root:
     def at(self, path: Path | str) -> Path:
         """Return where a path of this system is on the host; symbolic links are followed inside of it.
 
-        A path that leads in a circle is returned as it is.
+        For one that leads in a circle, that is a place where nothing can be.
         """
         if self.is_host:
             return Path("/", path)
-        return self.find(path) or self.directory / str(path).lstrip("/")
+        return self.find(path) or NOWHERE
 
     def find(
         self, path: Path | str, mounts: Mapping[Path, Path | None] = NO_MOUNTS, *, follow_last: bool = True

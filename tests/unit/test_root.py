@@ -55,7 +55,6 @@ def test_paths_stay_inside(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("../../../../etc")
     (tmp_path / "absolute").symlink_to("/etc")
     (tmp_path / "chain").symlink_to("absolute/../lib/./x")
-    (tmp_path / "ring").symlink_to("ring")
     expected = {
         "/lib/modules": "usr/lib/modules",
         "/out/passwd": "etc/passwd",
@@ -63,11 +62,27 @@ def test_paths_stay_inside(tmp_path: Path) -> None:
         "/chain": "usr/lib/x",
         "/../../etc": "etc",
         "/etc/./../x": "x",
-        "/ring": "ring",
     }
     for path, place in expected.items():
         assert root.at(path) == tmp_path / place, path
         assert root.inside(root.at(path)) == Path("/") / place
+
+
+def test_a_circle_inside_leads_to_nothing_outside(tmp_path: Path) -> None:
+    """A hostile system has links to a file of the host, which it has as a link back."""
+    secret, top = tmp_path / "secret", tmp_path / "root"
+    secret.write_text("of the host", encoding="utf-8")
+    back = top.joinpath(*secret.parts[1:])
+    back.parent.mkdir(parents=True)
+    back.symlink_to("/status")
+    (top / "status").symlink_to(secret)
+    (top / "ring").symlink_to("ring")
+    assert (top / "status").read_text(encoding="utf-8") == "of the host"
+    for name in ("/status", "/ring"):
+        path = Root(top).at(name)
+        assert not (path.exists() or path.is_file() or path.is_dir() or list(path.glob("*")))
+        with pytest.raises(NotADirectoryError):
+            path.read_bytes()
 
 
 def test_this_host_has_its_own_paths() -> None:

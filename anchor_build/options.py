@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from anchor_build.plan import DEFAULTS, Plan, make_plan, whole_plan
-from anchor_build.registry import Registry, load_registry
+from anchor_build.registry import load_registry
 from anchor_build.stage import KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -189,11 +189,6 @@ def valid_seconds(text: str | None) -> int | None:
         return int(check_value("duration", text, {"min": 60}))
     except InvalidValueError as error:
         raise click.UsageError(f"--valid-for {text}: {error}.") from None
-
-
-def registry_of(stage_dir: Sequence[Path]) -> Registry:
-    """Load the stages that the options give access to."""
-    return load_registry(tuple(stage_dir))
 
 
 def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import complete_stage, json_option, registry_of, stage_dir_option
+from anchor_build.options import complete_stage, json_option, stage_dir_option
+from anchor_build.registry import load_registry
 
 
 @click.command(short_help="Package the dracut modules as RPMs.")
@@ -83,7 +84,7 @@ def command(
         return
     if names and every:
         raise click.UsageError("--stage and --all exclude each other.")
-    registry = registry_of(stage_dir)
+    registry = load_registry(stage_dir)
     build = RpmBuild(
         stages=choose_stages(registry, [find_stage(registry, name) for name in names]),
         known=registry.stages,

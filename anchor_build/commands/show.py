@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import complete_stage, json_option, registry_of, stage_dir_option
+from anchor_build.options import complete_stage, json_option, stage_dir_option
+from anchor_build.registry import load_registry
 
 
 @click.command(short_help="Describe one stage and its parameters.")
@@ -28,7 +29,7 @@ def command(console: Console, stage: str, stage_dir: tuple[Path, ...], as_json: 
     """  # noqa: D301
     from anchor_build.describe import find_stage, stage_facts, stage_text
 
-    found = find_stage(registry_of(stage_dir), stage)
+    found = find_stage(load_registry(stage_dir), stage)
     if as_json:
         console.json(stage_facts(found))
     else:

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from anchor_build.console import Console
-from anchor_build.options import json_option, registry_of, stage_dir_option
+from anchor_build.options import json_option, stage_dir_option
+from anchor_build.registry import load_registry
 
 
 @click.command(short_help="List the stages that can be used.")
@@ -21,7 +22,7 @@ def command(console: Console, stage_dir: tuple[Path, ...], as_json: bool) -> Non
     Example:
       anchor-build stages --stage-dir ./my-stages
     """  # noqa: D301
-    stages = registry_of(stage_dir).stages
+    stages = load_registry(stage_dir).stages
     if as_json:
         console.json([{"kind": s.kind, "name": s.name, "summary": s.summary, "origin": s.origin} for s in stages])
         return

@@ -38,6 +38,7 @@ from anchor_build.oci import (
     write_layout,
 )
 from anchor_build.publish import VERIFY, verified
+from anchor_build.settings import HIDDEN
 from anchor_build.signing import PublicKey, verify_signature
 from anchor_build.transfer import Reading
 from anchor_build.version import source_date_epoch
@@ -208,7 +209,7 @@ def _boot_files(push: Push, manifest: Manifest) -> tuple[Path | None, list[str]]
             "build it for this image: anchor-build initramfs --for-image",
         )
     settings = report.get("settings")
-    secret = [key for key, value in settings.items() if "(secret)" in str(value)] if isinstance(settings, dict) else []
+    secret = [key for key, value in settings.items() if HIDDEN in str(value)] if isinstance(settings, dict) else []
     text = f"{push.initramfs} holds secrets ({', '.join(secret)}): whoever may pull this can read them"
     return kernel, [text] if secret else []
 

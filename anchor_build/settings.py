@@ -17,6 +17,8 @@ from anchor_build.root import HOST, Root
 from anchor_build.stage import Param
 
 SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
+# What stands for a secret in what people and reports are shown.
+HIDDEN = "(secret)"
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,19 @@ def holds_secret(param: Param, value: str) -> bool:
 def shown_value(param: Param, value: str) -> str:
     """Return a value for people and reports, with what is secret in it left out. A URL may lack its scheme."""
     if value and param.type == "secret":
-        return "(secret)"
-    if param.type != "url":
-        return value
+        return HIDDEN
+    if param.type == "list" and param.options["of"] == "url":
+        return ",".join(map(_shown_url, value.split(",")))
+    return _shown_url(value) if param.type == "url" else value
+
+
+def _shown_url(value: str) -> str:
     base, question, _ = value.partition("?")
     scheme, separator, rest = base.rpartition("://")
     authority, slash, path = rest.partition("/")
     _, at, host = authority.rpartition("@")
-    shown = f"{scheme}{separator}{'(secret)@' if at else ''}{host}{slash}{path}"
-    return shown + ("?(secret)" if question else "")
+    shown = f"{scheme}{separator}{f'{HIDDEN}@' if at else ''}{host}{slash}{path}"
+    return shown + (f"?{HIDDEN}" if question else "")
 
 
 def named_files(settings: Iterable[str]) -> list[str]:

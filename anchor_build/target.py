@@ -14,11 +14,10 @@ from anchor_build.network import expected_back_end
 from anchor_build.plan import Plan, make_plan
 from anchor_build.registry import load_registry
 from anchor_build.root import open_root
-from anchor_build.settings import Setting
+from anchor_build.settings import HIDDEN, Setting
 from anchor_build.stage import KINDS
 
-# What a report says of a secret in place of it, and what stands for it in a check.
-HIDDEN = "(secret)"
+# What stands in a check for a secret that a report does not tell.
 STAND_IN = "secret"
 REPORT_HINT = "name an initramfs that has its report, FILE.json, beside it, or the report itself"
 

@@ -14,7 +14,7 @@ from anchor_build.inspect.artifact import Artifact, Entry, file_facts, utc
 from anchor_build.inspect.embedded import embedded_images
 from anchor_build.readback import driver_dependencies, included_modules, measure_stages
 from anchor_build.registry import Registry, load_registry
-from anchor_build.settings import holds_secret, shown_value
+from anchor_build.settings import HIDDEN, holds_secret, shown_value
 from anchor_build.stage import Stage
 
 # Where render.py puts them.
@@ -84,7 +84,7 @@ def inspect_initramfs(file: Path, stage_dirs: tuple[Path, ...] = ()) -> Artifact
         notes.append("holds no stage of anchor-build: it is another initramfs")
     if has_secrets and SETTINGS in entries:
         # A digest of a short secret can be tried out by whoever sees it.
-        entries[SETTINGS] = Entry(**{**vars(entries[SETTINGS]), "digest": "(secret)"})
+        entries[SETTINGS] = Entry(**{**vars(entries[SETTINGS]), "digest": HIDDEN})
         notes.append(f"/{SETTINGS} holds secrets: neither they nor the file's digest are shown")
     return Artifact("initramfs", {name: fact for name, fact in facts.items() if fact}, entries, tuple(notes))
 

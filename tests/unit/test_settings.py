@@ -59,6 +59,13 @@ def test_a_value_from_a_file_without_its_final_newline(plan: Plan, tmp_path: Pat
     assert (found.value, found.shown) == ("abc=", "(secret)")
 
 
+def test_a_list_of_urls_may_hold_secrets(plan: Plan) -> None:
+    [mirrors] = read_settings(plan, ["rd.anchor.squashfs.mirrors=https://u:p@a/i,b/i,https://c/i?X-Signature=s"])
+    assert (mirrors.is_secret, mirrors.shown) == (True, "https://(secret)@a/i,b/i,https://c/i?(secret)")
+    [plain] = read_settings(plan, ["rd.anchor.manifest=https://a/m,https://b/m"])
+    assert (plain.is_secret, plain.shown) == (False, plain.value)
+
+
 def test_a_secret_on_the_command_line_is_refused(plan: Plan) -> None:
     (problem,) = problems(plan, f"{KEY}=hunter2")
     assert problem == f"--set {KEY}: is a secret, and every process can read arguments: give it as {KEY}=@FILE"

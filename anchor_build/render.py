@@ -181,6 +181,7 @@ def _context(stage: Stage, choosers: Mapping[str, str]) -> dict[str, Any]:
         "transport": f"anchor-transport-{DEFAULTS['transport']}" if stage.fetches else "",
         "needed": [*(() if stage.is_core else ("anchor",)), *stage.dracut],
         "installed": [(source, target) for source, target, _ in installed_files(stage)],
+        "brings_sysctl": any("/sysctl.d/" in file.target for file in stage.files),
         "hooks": HOOKS,
         "ca_bundles": [str(path) for path in SYSTEM_BUNDLES],
         "network_file": NETWORK_FILE,

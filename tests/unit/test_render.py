@@ -68,6 +68,26 @@ def test_targets_are_unique(plan: Plan) -> None:
     assert len(own) == len(set(own))
 
 
+def test_settings_that_a_stage_brings_are_made(write_stage: WriteStage, tmp_path: Path) -> None:
+    """Its module comes after the core's, which has left them to the root by then."""
+    directory = write_stage(body='[[file]]\nsource = "net.conf"\ntarget = "/etc/sysctl.d/50-net.conf"')
+    (directory / "net.conf").write_text("net.ipv4.tcp_timestamps = 0\n", encoding="utf-8")
+    module = render_module(load_stage(directory, "a test"))
+    unit, rules = tmp_path / "etc/systemd/system/systemd-sysctl.service", tmp_path / "etc/udev/rules.d/99-systemd.rules"
+    for path in (unit, rules):
+        path.parent.mkdir(parents=True)
+    install = f"inst_simple() {{ :; }}\nmoddir=/m initdir={tmp_path}\ninstall"
+    setup_values(module, install)
+    unit.symlink_to("/dev/null")
+    rules.write_text("a\n# left out\n", encoding="utf-8")
+    setup_values(module, install)
+    assert not (unit.is_symlink() or rules.exists())
+    unit.write_text("its own", encoding="utf-8")
+    rules.write_text("their own", encoding="utf-8")
+    setup_values(module, install)
+    assert unit.exists() and rules.exists()
+
+
 def test_module_setup_declares_what_the_stage_needs(site_module: RenderedModule) -> None:
     assert setup_values(site_module, "printf '%s\\n' \"${programs[@]}\"") == [
         "tac: install coreutils (deb) or coreutils (rpm)"

@@ -6,6 +6,8 @@
 # (FILE.rsync/part), from which this stage copies each byte once, in order, to the end of FILE; what has been copied is
 # punched out again, so the image is in memory once.
 
+ANCHOR_RSYNC_WORDS=65536 # bytes that rsync may say
+
 # usage: anchor_rsync_run URL FILE MAX_BYTES
 # Statuses as in anchor-fetch.sh. Keeps in FILE.rsync/version which version of which URL FILE has: its size and time.
 # The helpers below share these locals.
@@ -197,9 +199,23 @@ anchor_rsync__call() {
     (
         trap '' XFSZ
         ulimit -f $((max / 512 + 2)) 2>/dev/null
-        exec timeout -k 1 "$anchor_fetch_left" rsync "$@" </dev/null >"$output" 2>"$state/error"
-    )
-    status=$?
+        {
+            {
+                timeout -k 1 "$anchor_fetch_left" rsync "$@" </dev/null 4>&-
+                printf '%s\n' "$?" >&4
+            } 2>&1 >&3 3>&- | anchor_rsync__words_only >"$state/error"
+        } 3>&1 | anchor_rsync__words_only >"$output"
+    ) 4>"$state/status"
+    anchor_recall "$state/status"
+    # Without one, rsync was killed.
+    status=${anchor_recall:-137}
+}
+
+# usage: anchor_rsync__words_only <PIPE
+# Copies what rsync says, up to a limit: a server may have it say whatever it likes, for as long as it likes, and that would
+# go to the node's memory. Who says more finds nobody who listens.
+anchor_rsync__words_only() {
+    exec dd bs=4096 count="$ANCHOR_RSYNC_WORDS" iflag=fullblock,count_bytes status=none
 }
 
 # usage: anchor_rsync__listed
@@ -234,7 +250,9 @@ anchor_rsync__listed() {
         anchor_fail "the listing of $anchor_fetch_url cannot be understood" "is this an rsync server?"
         return 1
     fi
-    size=$number
+    # With zeros before it, a shell would take it for octal.
+    size=${number#"${number%%[!0]*}"}
+    size=${size:-0}
     stamp="$day $time"
 }
 
@@ -313,6 +331,7 @@ anchor_rsync__words() {
     text=${text#rsync: }
     text=${text#"[Receiver] "}
     text=${text#@ERROR: }
+    text=$(printf '%.300s' "$text")
 }
 
 # usage: anchor_rsync__reject

@@ -19,6 +19,7 @@ from contrib.site import servers
 from tests.shell.conftest import LIB, SHELLS, Shell
 from tests.shell.downloads import DATA, DIGEST, OTHER, Downloader, limits, loop
 from tests.stages import disk_node
+from tests.stages.hostile_rsync import ERROR, INFO, endless, hostile_daemon
 
 pytestmark = pytest.mark.slow
 
@@ -273,6 +274,39 @@ def test_a_server_that_sends_more_than_it_listed_is_stopped(dash: Node, site: Si
     (dash.shell.root / "proc/meminfo").write_text(f"MemAvailable: {40 << 10} kB\n")
     done = dash.fetch(site.url(), DIGEST, env=stand_in(tmp_path / "bin", script))
     assert dash.failed(done, "cannot write the download", attempts=1)
+
+
+@pytest.mark.parametrize("code", [ERROR, INFO])
+def test_a_server_that_never_stops_talking_is_not_listened_to(dash: Node, code: int) -> None:
+    """What it says goes to files in the node's memory, and there is no end of it."""
+    (dash.shell.root / "proc/meminfo").write_text(f"MemAvailable: {400 << 10} kB\n")
+    sizes: list[int] = []
+
+    def frames() -> Iterator[bytes]:
+        for said in endless(code)():
+            if len(sizes) < 100:
+                files = dash.image.parent.glob("*.fetch/*.rsync/*")
+                sizes.append(sum(file.stat().st_size for file in files if file.is_file()))
+            yield said
+
+    with hostile_daemon(frames) as port:
+        done = dash.fetch(f"rsync://127.0.0.1:{port}/images/x", DIGEST, attempts=1, timeout=30 if code == ERROR else 3)
+    # rsync ends where it cannot write an error; information that nobody takes it goes on to throw away.
+    why = "the transfer from 127.0.0.1 broke" if code == ERROR else "the time for this download is up"
+    assert dash.failed(done, why, attempts=1)
+    assert sizes
+    assert max(sizes) <= 65536 + 1024
+    assert max(map(len, done.stderr.splitlines())) < 600
+
+
+@pytest.mark.parametrize("number", ["099,999,999,999", "09"])
+def test_a_listing_with_zeros_before_its_number_is_a_number(node: Node, number: str) -> None:
+    """A shell would take it for octal, and end at an 8 or 9."""
+    (node.shell.root / "proc/meminfo").write_text(f"MemAvailable: {400 << 10} kB\n")
+    line = f"-rw-r--r-- {number} 2026/01/02 03:04:05 x"
+    listing = f'[ -n "$listing" ] || exit 12; echo "{line}"; exit 0'
+    done = node.fetch("rsync://h/m/x", DIGEST, env=stand_in(node.shell.root / "bin", listing), attempts=1)
+    assert node.failed(done, "needs 95367.4 MiB" if "," in number else "the transfer from h broke", attempts=1)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ anchor_manifest__refuse() {
 # Copies the lines before the signature to DIR/body and the signature to DIR/signature (binary; empty without one).
 # Everything after this works on these copies, so what was verified is what is read.
 anchor_manifest__split() {
-    local LC_ALL=C line='' signature='' size
+    local LC_ALL=C line='' signature='' size seen=0
     size=$(stat -c %s "$1") || size=0
     : >"$2/signature"
     if [ "$size" -gt "$ANCHOR_MANIFEST_MAX" ]; then
@@ -175,6 +175,7 @@ anchor_manifest__split() {
             anchor_manifest__refuse "something follows its signature"
             return 1
         fi
+        seen=$((seen + ${#line} + 1))
         case $line in
             '' | *[!\ -~]*)
                 anchor_manifest__refuse "it has a line that is not printable ASCII" "is this the URL of a manifest?"
@@ -186,6 +187,11 @@ anchor_manifest__split() {
     done <"$1" >"$2/body"
     if [ -n "$line" ]; then
         anchor_manifest__refuse "its last line has no end: it was cut off"
+        return 1
+    fi
+    # Shells pass over NUL bytes, and may end a line there.
+    if [ "$seen" -ne "$size" ]; then
+        anchor_manifest__refuse "it has a line that is not printable ASCII" "is this the URL of a manifest?"
         return 1
     fi
     [ -n "$signature" ] || return 0

@@ -24,7 +24,7 @@ SUFFIX = ".manifest"
 
 LINE = re.compile(r"[ -~]+")
 RELEASE = re.compile(r"[A-Za-z0-9._+~-]+")
-BASE64 = re.compile(r"[A-Za-z0-9+/=]+")
+BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 # key -> its type and the type's options; each may be there once.
 SINGLE: dict[str, tuple[str, dict[str, object]]] = {
     "image": ("name", {}),

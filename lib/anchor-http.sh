@@ -7,6 +7,7 @@
 ANCHOR_HTTP_REDIRECTS=5
 # How many seconds a refusal may take to be explained.
 ANCHOR_HTTP_BODY_LIMIT=10
+ANCHOR_HTTP_HEADERS=307200 # bytes of one answer's, and of those that led to it; curl's own limit, from 8.3 on
 
 # usage: anchor_http_get STAGE URL FILE MAX_BYTES [PROXY]
 # The attempt of the transport STAGE, whose parameters messages name. Status: 0 whole, 1 permanent failure, 2 try again,
@@ -110,16 +111,59 @@ anchor_http__request() {
 anchor_http__curl() {
     anchor_remove "$state/headers" "$state/error" || return 23
     (umask 077 && anchor_http__request >"$state/request") || return 23
-    set -- --fail --output "$file" --dump-header "$state/headers" \
+    set -- --fail --output "$file" --dump-header - \
         --location --max-redirs "$ANCHOR_HTTP_REDIRECTS" --max-time "$anchor_fetch_left" \
-        --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset))
+        --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset)) --write-out '\n%{http_code}'
     [ "$offset" -eq 0 ] || set -- "$@" --continue-at "$offset"
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
-        trap '' XFSZ
-        ulimit -f $(((max + 511) / 512)) 2>/dev/null
-        anchor_http__exec "$@" 2>"$state/error"
+        {
+            (
+                trap '' XFSZ
+                ulimit -f $(((max + 511) / 512)) 2>/dev/null
+                anchor_http__pid >"$state/pid"
+                anchor_http__exec "$@" 2>"$state/error"
+            )
+            printf ' %s' "$?"
+        } | anchor_http__heed "$state"
     )
+    status=${code##* }
+    code=${code%% *}
+    case $status in
+        '' | *[!0-9]*) status=23 ;; # nobody was there to say it
+    esac
+    if [ "$code" = excess ]; then
+        code=000
+        printf 'more than %s bytes of headers\n' "$ANCHOR_HTTP_HEADERS" >"$state/error"
+    fi
+    return "$status"
+}
+
+# usage: anchor_http__pid
+# Prints the number of the process that runs this: $$ is that of the whole script.
+anchor_http__pid() {
+    local pid rest
+    read -r pid rest </proc/self/stat
+    printf '%s\n' "$pid"
+}
+
+# usage: anchor_http__heed DIR <PIPE
+# Keeps header lines in DIR/headers as they come, and prints what comes last and is no line: the HTTP status and curl's own;
+# or "excess 56" where there are too many. curl 7.88 limits no trailers of a chunked answer, and older ones no headers: all
+# would be in memory, there and with curl. That goes on though nobody reads, so the process in DIR/pid is ended.
+anchor_http__heed() {
+    local LC_ALL=C line='' size=0
+    while IFS= read -r line; do
+        size=$((size + ${#line} + 1))
+        [ "$size" -le "$ANCHOR_HTTP_HEADERS" ] || break
+        printf '%s\n' "$line"
+    done >"$1/headers"
+    if [ "$size" -gt "$ANCHOR_HTTP_HEADERS" ]; then
+        anchor_recall "$1/pid"
+        [ -z "$anchor_recall" ] || kill "$anchor_recall" 2>/dev/null
+        line='excess 56'
+    fi
+    printf '%s' "$line"
 }
 
 # usage: anchor_http__ciphers
@@ -169,10 +213,14 @@ anchor_http_error_body() {
     again=$(
         trap '' XFSZ
         ulimit -f 128 2>/dev/null
+        # Headers without an end. curl takes a fifth of this.
+        # shellcheck disable=SC3045 # dash, bash and busybox sh have it
+        ulimit -v 131072 2>/dev/null
         anchor_http__exec --output "$body" --max-time "$ANCHOR_HTTP_BODY_LIMIT" --max-filesize 65536 --range 0-65535 2>/dev/null
     )
     [ "$?:$again" = "0:$code" ] && [ -r "$body" ] || return 0
-    while IFS= read -r line || [ -n "$line" ]; do
+    # What explains comes first, and 64 KiB of empty lines would take a shell many seconds.
+    while [ "${#anchor_http_body}" -lt 16384 ] && { IFS= read -r line || [ -n "$line" ]; }; do
         anchor_http_body="$anchor_http_body$line "
     done <"$body"
 }

@@ -217,6 +217,21 @@ def chunked(data: bytes, *, times: int = 1, end: bool = True, etag: str = '"v1"'
     return answer
 
 
+def endless_headers(before: bytes, sent: list[int]) -> Fault:
+    """Send `before`, and then header lines until the client hangs up; `sent` gets how many bytes of them it took."""
+
+    def answer(exchange: Exchange) -> None:
+        lines = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(64))
+        sent.append(0)
+        with suppress(OSError):
+            exchange.wfile.write(before)
+            while not exchange.server.stopped.is_set():
+                exchange.wfile.write(lines)
+                sent[-1] += len(lines)
+
+    return answer
+
+
 def unframed(data: bytes) -> Fault:
     """Serve `data` with no sign of where it ends but the end of the connection."""
 

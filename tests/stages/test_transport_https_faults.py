@@ -222,6 +222,17 @@ def test_gzip_on_the_way_is_not_the_file(dash: Node) -> None:
         assert "gzip" not in server.requests[0][1].get("Accept-Encoding", "")
 
 
+@pytest.mark.parametrize("before", ["", "Transfer-Encoding: chunked\r\n\r\n0\r\n"])
+def test_headers_without_an_end_are_not_kept(node: Node, before: str) -> None:
+    """Of headers and of trailers; no version of curl before 8.3 limits the one, and not even 7.88 the other."""
+    sent: list[int] = []
+    with hostile(fake.endless_headers(f"HTTP/1.1 200 OK\r\n{before}".encode(), sent)) as server:
+        done = node.fetch(server.url(), DIGEST, attempts=2)
+        assert node.failed(done, "the transfer from 127.0.0.1", "headers", attempts=2)
+    # What the two sockets hold is some megabytes.
+    assert max(sent) < 32 << 20
+
+
 def test_a_server_that_comes_back_is_waited_for(dash: Node) -> None:
     port = servers.free_port()
     with ExitStack() as stack:

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Runs uacme for the acme stage, and says from its report why it failed and whether to try again.
 
-# What of uacme's report matters. A shell reads a pipe byte by byte, and without this choice it would be far behind.
-ANCHOR_ACME_LINES='^uacme: acme_(get|post): (url=|return code [0-9]+)|^uacme: ([^a]|a[^c]|ac[^m]).*'
-ANCHOR_ACME_LINES="$ANCHOR_ACME_LINES"'|^uacme: .*following error:|^[Rr]etry-[Aa]fter: [0-9]+|^    "(type|detail)": ".*'
+# What of uacme's report matters. A shell reads a pipe byte by byte, and without this choice it would be far behind; nor does
+# it get a line longer than anybody would read: the server may send one of any length.
+ANCHOR_ACME_LINES='^uacme: acme_(get|post): (url=|return code [0-9]+)|^uacme: ([^a]|a[^c]|ac[^m]).{0,500}'
+ANCHOR_ACME_LINES="$ANCHOR_ACME_LINES"'|^uacme: .*following error:|^[Rr]etry-[Aa]fter: [0-9]{1,20}|^    "(type|detail)": ".{0,500}'
 
 # usage: anchor_acme__uacme ARGUMENT...
 # Runs uacme once and reads its report as it comes: that tells a server that is away from one that says no, and cuts

@@ -332,7 +332,8 @@ anchor_acme__text() {
     local line
     anchor_acme__text=
     [ -r "$1" ] || return 0
-    while IFS= read -r line || [ -n "$line" ]; do
+    # A chain of certificates is a tenth of this; a shell would take very long for much more.
+    while [ "${#anchor_acme__text}" -le 102400 ] && { IFS= read -r line || [ -n "$line" ]; }; do
         anchor_acme__text="$anchor_acme__text$line
 "
     done <"$1"

@@ -55,6 +55,7 @@ class Refusals(http.server.BaseHTTPRequestHandler):
             "busy": (429, "application/problem+json", self.problem("rateLimited", "too many orders")),
             "later": (429, "application/problem+json", self.problem("rateLimited", "come back tomorrow")),
             "hostile": (403, "application/problem+json", self.problem("unauthorized", "\x1b[2J$(touch /tmp/x) \x07")),
+            "verbose": (403, "application/problem+json", self.problem("b\\u00e4d" * 20000, "no " * 50000)),
         }[self.path.split("/")[1]]
         self.send_response(status)
         self.send_header("Content-Type", kind)

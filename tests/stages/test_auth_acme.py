@@ -204,6 +204,7 @@ def test_server_that_hangs(node: Node) -> None:
         ("welcome", ("not an ACME directory", "rd.anchor.acme.server=")),
         ("other", ("not an ACME directory", "rd.anchor.acme.server=")),
         ("hostile", ("unauthorized: ?[2J$(touch /tmp/x) ?",)),
+        ("verbose", (": no no no",)),
     ],
 )
 def test_server_that_says_no(node: Node, path: str, words: tuple[str, ...]) -> None:
@@ -211,6 +212,7 @@ def test_server_that_says_no(node: Node, path: str, words: tuple[str, ...]) -> N
     _check_refused(node, result, *words)
     assert result.note("number-attempts") == "1"
     assert "\x1b" not in result.log
+    assert max(map(len, result.log.splitlines())) < 1200
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from subprocess import CompletedProcess
 
 import pytest
 
-from anchor_build.manifest import Manifest, manifest_text
+from anchor_build.errors import AnchorError
+from anchor_build.manifest import Manifest, manifest_text, parse_manifest, split_manifest
 from anchor_build.plan import make_plan
 from anchor_build.registry import load_registry
 from anchor_build.signing import open_key, sign_text
@@ -64,6 +66,91 @@ def test_vectors(shell: Shell) -> None:
             assert answer == f"1 M is not a manifest that this node accepts: {reason}", text
         else:
             assert answer.startswith("0 "), (text, answer)
+
+
+# What a hostile server may do to lines of a manifest.
+PIECES = (
+    *(
+        "",
+        "\0",
+        " ",
+        "-n",
+        "08",
+        "9" * 19,
+        "-1",
+        "0x10",
+        "$(reboot)",
+        "*",
+        "\\",
+        "\x1b[2J",
+        "é",
+        "\t",
+        "\r",
+        "=",
+        "QUJD",
+    ),
+    *("a" * 64, "https://", "file:///", "/../", "anchor-manifest", "signature", "size", "sha256", "mirror", "x-"),
+)
+SPLIT = """
+. "$LIB/anchor-report.sh" && . "$LIB/anchor-types.sh" && . "$LIB/anchor-params.sh" && . "$LIB/anchor-manifest.sh"
+name=M
+for dir in "$ANCHOR_ROOT"/random/*; do
+    anchor_manifest__split "$dir/manifest" "$dir" 2>/dev/null && anchor_manifest_parse "$dir/body" M 2>/dev/null
+    printf '%s\\n' $?
+done
+"""
+
+
+def changed(random: Random, text: str) -> str:
+    """Return a manifest after one to three changes."""
+    lines = text.split("\n")
+    for _ in range(random.randint(1, 3)):
+        at, line = random.randrange(len(lines)), random.choice(lines)
+        place = random.randint(0, len(lines[at]))
+        match random.randrange(5):
+            case 0:
+                lines[at : at + 1] = []
+            case 1:
+                lines.insert(at, line)
+            case 2:
+                lines[at] = lines[at].partition(" ")[0] + " " + "".join(random.choices(PIECES, k=2))
+            case 3:
+                lines[at] = lines[at][:place] + random.choice(PIECES) + lines[at][place:]
+            case 4:
+                lines[at], lines[-1] = lines[-1], lines[at]
+        lines = lines or [""]
+    return "\n".join(lines)
+
+
+def test_the_node_and_the_build_host_agree_on_what_is_a_manifest(shell: Shell) -> None:
+    """Whatever is done to one: what either half takes, the other has to understand in the same way."""
+    seed = 5
+    random = Random(seed)  # noqa: S311 # not for a secret
+    good = manifest_text(replace(MANIFEST, created=1700000000, expires=1800000000)) + "signature QUJD\n"
+    texts = [good, *(changed(random, good) for _ in range(150))]
+    for n, text in enumerate(texts):
+        directory = shell.root / "random" / f"{n:04}"
+        directory.mkdir(parents=True)
+        (directory / "manifest").write_bytes(text.encode())
+    done = shell.run(SPLIT)
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(texts), done.stderr
+    accepted = 0
+    for n, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        try:
+            body, signature = split_manifest(text.encode())
+            parse_manifest(body)
+        except AnchorError:
+            assert answer != "0", (seed, n, text)
+            continue
+        assert answer == "0", (seed, n, text)
+        directory = shell.root / "random" / f"{n:04}"
+        assert ((directory / "body").read_bytes(), (directory / "signature").read_bytes()) == (body, signature), (
+            seed,
+            n,
+        )
+        accepted += 1
+    assert 5 < accepted < len(texts) - 50
 
 
 STAND_INS = """

@@ -89,8 +89,8 @@ anchor_fetch__feed() {
         anchor_uptime_ms
         rest=$anchor_uptime_ms
         cat || return 1
-        # The shell that began the download may have been killed.
-        kill -0 "$$" 2>/dev/null || return 1
+        # The shell that began the download may have been killed, or ended by an error in a transport.
+        kill -0 "$$" 2>/dev/null && [ -d "$work" ] || return 1
         anchor_uptime_ms
         case $((anchor_uptime_ms - rest > 40)):$((anchor_uptime_ms - rest > 120)):$nap in
             1:1:*) nap=20 ;;

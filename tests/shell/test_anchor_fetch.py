@@ -788,3 +788,16 @@ def test_an_end_from_outside_leaves_nothing_behind(name: str, tmp_path: Path) ->
         time.sleep(0.05)
     assert processes_of(tmp_path) == []
     assert list(node.image.parent.iterdir()) == []
+
+
+def test_a_transport_that_ends_its_shell_leaves_nothing_behind(node: Node) -> None:
+    """An error of arithmetic does that, in dash; a file that somebody has open would take memory for ever."""
+    script = node.script("exit 2")
+    done = node.shell.run(script, "https://h/x", str(node.image), "", "", env=node.environment({}), timeout=20)
+    assert done.returncode == 1
+    assert "was cut off" in done.stderr
+    until = time.monotonic() + 10
+    while processes_of(node.shell.root) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes_of(node.shell.root) == []
+    assert list(node.image.parent.iterdir()) == []

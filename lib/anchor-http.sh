@@ -15,6 +15,8 @@ ANCHOR_HTTP_HEADERS=307200 # bytes of one answer's, and of those that led to it;
 # file's size, and its ETag or date as the validator of its version. The helpers below share these locals. A transport
 # may have anchor_STAGE__request, which prints further lines of curl's configuration, and anchor_STAGE__refused, which
 # explains the HTTP status in code: it answers as a transport does, or 9 to leave it to what is here.
+# With anchor_http_stay, which a transport may set, no redirect is followed: of headers, curl keeps only Authorization and
+# Cookie from other hosts.
 anchor_http_get() {
     local stage="$1" url="$2" file="$3" max="$4" proxy="${5:-}" state="$3.$1"
     local credentials="${ANCHOR_ROOT:-}/run/anchor/credentials"
@@ -112,9 +114,10 @@ anchor_http__curl() {
     anchor_remove "$state/headers" "$state/error" || return 23
     (umask 077 && anchor_http__request >"$state/request") || return 23
     set -- --fail --output "$file" --dump-header - \
-        --location --max-redirs "$ANCHOR_HTTP_REDIRECTS" --max-time "$anchor_fetch_left" \
+        --max-time "$anchor_fetch_left" \
         --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset)) --write-out '\n%{http_code}'
     [ "$offset" -eq 0 ] || set -- "$@" --continue-at "$offset"
+    [ -n "${anchor_http_stay:-}" ] || set -- "$@" --location --max-redirs "$ANCHOR_HTTP_REDIRECTS"
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
         {

@@ -250,6 +250,20 @@ def test_credentials_of_auth_that_are_refused_are_not_kept(
     assert s3_dash.rejected == rejected
 
 
+def test_a_session_token_goes_to_no_other_host(s3_dash: S3Node) -> None:
+    tls = pki.issue(s3_dash.site.authority, s3_dash.site.directory, "fake")
+    with (
+        hostile(fake.whole(DATA), tls=tls) as other,
+        hostile(fake.redirect(other.url("/x", "https")), tls=tls) as server,
+    ):
+        done = s3_dash.get(endpoint=server.url("", "https"), session_token="t0ken/+=")  # noqa: S106 - a test's
+        assert s3_dash.failed(done, "status 302")
+        assert other.requests == []
+        # Without one, there is nothing in the request that the other host may not have.
+        assert s3_dash.got(s3_dash.get(endpoint=server.url("", "https")))
+        assert "Authorization" not in other.requests[0][1]
+
+
 def test_a_busy_service_is_waited_for_and_signed_for_anew(s3_dash: S3Node) -> None:
     tls = pki.issue(s3_dash.site.authority, s3_dash.site.directory, "fake")
     busy = fake.status(503, {"Retry-After": 1}, error("SlowDown"))

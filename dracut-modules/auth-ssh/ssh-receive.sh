@@ -57,7 +57,12 @@ take() {
             refuse "$path is too large: at most $ANCHOR_RECEIVE_MAX bytes are taken"
             return 1
             ;;
-        ?*) most=$2 ;;
+        ?*)
+            # With zeros before it, a shell would take it for octal.
+            most=${2#"${2%%[!0]*}"}
+            most=${most:-0}
+            set -- "$1" "$most"
+            ;;
     esac
     # One byte more than announced would show that it was not all; scp's protocol goes on after the file.
     [ -z "$2" ] || [ -n "$speaks_scp" ] || most=$((most + 1))

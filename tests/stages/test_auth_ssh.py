@@ -159,6 +159,8 @@ def test_a_file_is_taken_only_when_it_is_whole(node: Node, site: Site) -> None:
             assert reason in done.stderr
         assert b"is not whole" in node.ssh("put client.cert", cert + cert[:100]).stderr
         assert b"10 of 99 bytes" in node.ssh("put client.key 99", b"0123456789").stderr
+        # Zeros before a size make no other number of it.
+        assert b"10 of 99 bytes" in node.ssh("put client.key 0000099", b"0123456789").stderr
         assert b"12 of 11 bytes" in node.ssh("put client.key 11", b"0123456789abcdef").stderr
         assert b"too large" in node.ssh("put client.key", b"x" * 1_100_000).stderr
         encrypted = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nx\n-----END ENCRYPTED PRIVATE KEY-----\n"

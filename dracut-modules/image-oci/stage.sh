@@ -523,7 +523,10 @@ anchor_oci__below() {
         anchor_oci__directory "$tree" "${path%/*}" || continue
         case $line in
             o*) error=$(setfattr -n trusted.overlay.opaque -v y "$tree/$path" 2>&1) ;;
-            w*) error=$({ rm -rf "${tree:?}/$path" && mknod "$tree/$path" c 0 0; } 2>&1) ;;
+            w*)
+                # A program less for each: seldom is anything there, in a tree that began empty.
+                error=$({ { [ ! -e "$tree/$path" ] || rm -rf "${tree:?}/$path"; } && mknod "$tree/$path" c 0 0; } 2>&1)
+                ;;
         esac || break
     done <"$4"
     [ -n "$error" ] || return 0

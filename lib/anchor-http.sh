@@ -111,13 +111,14 @@ anchor_http__request() {
 # Runs curl. Sets code to the HTTP status ("000" without one); headers and messages are in the state directory.
 # Status: curl's.
 anchor_http__curl() {
+    local redirects=$ANCHOR_HTTP_REDIRECTS
     anchor_remove "$state/headers" "$state/error" || return 23
     (umask 077 && anchor_http__request >"$state/request") || return 23
+    [ -z "${anchor_http_stay:-}" ] || redirects=0
     set -- --fail --output "$file" --dump-header - \
-        --max-time "$anchor_fetch_left" \
+        --location --max-redirs "$redirects" --max-time "$anchor_fetch_left" \
         --speed-limit 1024 --speed-time "$anchor_fetch_stall" --max-filesize $((max - offset)) --write-out '\n%{http_code}'
     [ "$offset" -eq 0 ] || set -- "$@" --continue-at "$offset"
-    [ -n "${anchor_http_stay:-}" ] || set -- "$@" --location --max-redirs "$ANCHOR_HTTP_REDIRECTS"
     # curl before 8.4 counts only announced sizes against --max-filesize: the kernel has to stop the others.
     code=$(
         {
@@ -128,12 +129,17 @@ anchor_http__curl() {
                 anchor_http__exec "$@" 2>"$state/error"
             )
             printf ' %s' "$?"
-        } | anchor_http__heed "$state"
+        } 2>/dev/null | anchor_http__heed "$state"
     )
     status=${code##* }
     code=${code%% *}
-    case $status in
-        '' | *[!0-9]*) status=23 ;; # nobody was there to say it
+    case $status:$redirects in
+        # A redirect is then an answer like any other; with --location, curl has kept nothing of it.
+        47:0) status=0 ;;
+        :* | *[!0-9:]*)
+            status=56
+            printf 'who read its headers was killed\n' >"$state/error"
+            ;;
     esac
     if [ "$code" = excess ]; then
         code=000

@@ -69,7 +69,8 @@ anchor_memory__bare() {
 # needs anchor-fetch.sh, its local urls, and what anchor_memory_spare sets. Status 1 where less than all could be freed.
 anchor_memory_shed() {
     local dir stage url drivers='' before status=0 needed=' ' anchor_transport anchor_transport_needs_digest
-    # The image is the last file that is fetched; what brought a manifest has its drivers.
+    # The image is the last file that is fetched; what brought a manifest has its drivers. Another try of this boot finds
+    # no others.
     for url in $urls; do
         ! anchor_stage_for_scheme "${url%%://*}" || needed="${needed}transport_$anchor_transport "
     done

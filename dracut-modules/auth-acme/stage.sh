@@ -327,7 +327,7 @@ anchor_acme__put() {
 }
 
 # usage: anchor_acme__text FILE
-# Sets anchor_acme__text to the lines of the file, each ended.
+# Sets anchor_acme__text to the lines of the file, each ended; to nothing where they are too many.
 anchor_acme__text() {
     local line
     anchor_acme__text=
@@ -337,4 +337,5 @@ anchor_acme__text() {
         anchor_acme__text="$anchor_acme__text$line
 "
     done <"$1"
+    [ "${#anchor_acme__text}" -le 102400 ] || anchor_acme__text=
 }

@@ -196,26 +196,29 @@ anchor_rsync__call() {
         set -- "$@" --rsh="ssh -F $state/ssh" -- "${user:+$user@}$host:$path"
     fi
     [ "$output" != "$state/done" ] || set -- "$@" "$state/part"
-    (
+    status=$(
         trap '' XFSZ
         ulimit -f $((max / 512 + 2)) 2>/dev/null
         {
             {
-                timeout -k 1 "$anchor_fetch_left" rsync "$@" </dev/null 4>&-
-                printf '%s\n' "$?" >&4
-            } 2>&1 >&3 3>&- | anchor_rsync__words_only >"$state/error"
-        } 3>&1 | anchor_rsync__words_only >"$output"
-    ) 4>"$state/status"
-    anchor_recall "$state/status"
+                {
+                    timeout -k 1 "$anchor_fetch_left" rsync "$@" </dev/null 4>&-
+                    printf '%s\n' "$?" >&4
+                } 2>&1 >&3 3>&- | anchor_rsync__words_only >"$state/error" 4>&-
+            } 3>&1 | anchor_rsync__words_only >"$output" 4>&-
+        } 4>&1
+    )
     # Without one, rsync was killed.
-    status=${anchor_recall:-137}
+    status=${status:-137}
 }
 
 # usage: anchor_rsync__words_only <PIPE
 # Copies what rsync says, up to a limit: a server may have it say whatever it likes, for as long as it likes, and that would
-# go to the node's memory. Who says more finds nobody who listens.
+# go to the node's memory. Who says more finds nobody who listens. Nor does anybody after the time for it: what rsync
+# started may outlive it, and hold the pipe.
 anchor_rsync__words_only() {
-    exec dd bs=4096 count="$ANCHOR_RSYNC_WORDS" iflag=fullblock,count_bytes status=none
+    exec timeout "$((anchor_fetch_left + 2))" \
+        dd bs=4096 count="$ANCHOR_RSYNC_WORDS" iflag=fullblock,count_bytes status=none 2>/dev/null
 }
 
 # usage: anchor_rsync__listed

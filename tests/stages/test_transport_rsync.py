@@ -299,6 +299,18 @@ def test_a_server_that_never_stops_talking_is_not_listened_to(dash: Node, code: 
     assert max(map(len, done.stderr.splitlines())) < 600
 
 
+def test_what_rsync_started_does_not_hold_the_node_up(node: Node) -> None:
+    """Killed, rsync leaves its ssh, which has the pipes of what rsync says."""
+    left = node.shell.root / "left"
+    script = f'sleep 60 &\necho "$!" >{left}\nkill -KILL "$$"'
+    began = time.monotonic()
+    done = node.fetch("rsync://h/m/x", DIGEST, env=stand_in(node.shell.root / "bin", script), attempts=1, timeout=1)
+    took = time.monotonic() - began
+    subprocess.run(["kill", left.read_text().strip()], check=True)
+    assert node.failed(done, "the time for this download is up", attempts=1)
+    assert took < 40
+
+
 @pytest.mark.parametrize("number", ["099,999,999,999", "09"])
 def test_a_listing_with_zeros_before_its_number_is_a_number(node: Node, number: str) -> None:
     """A shell would take it for octal, and end at an 8 or 9."""

@@ -35,10 +35,10 @@ anchor_memory_spare() {
             continue
         fi
         anchor_memory_spare_dirs="$anchor_memory_spare_dirs $dir"
-        # As deep as drivers are: VERSION/kernel/drivers/net/ethernet/VENDOR/CARD/FILE.
+        # As deep as drivers are: VERSION/kernel/drivers/net/ethernet/mellanox/mlx5/core/FILE, one of the largest.
         dir=$root/$dir
         set -- "$@" "$dir"/* "$dir"/*/* "$dir"/*/*/* "$dir"/*/*/*/* "$dir"/*/*/*/*/* "$dir"/*/*/*/*/*/* \
-            "$dir"/*/*/*/*/*/*/* "$dir"/*/*/*/*/*/*/*/*
+            "$dir"/*/*/*/*/*/*/* "$dir"/*/*/*/*/*/*/*/* "$dir"/*/*/*/*/*/*/*/*/*
     done
     [ $# -eq 0 ] || anchor_memory_spare=$(stat -c '%s %F' "$@" 2>/dev/null | {
         sum=0

@@ -216,7 +216,7 @@ def build_time(build: InitramfsBuild) -> int:
     if given is not None:
         return given
     root = build.kernel.root
-    inputs = [build.kernel.modules / "modules.dep", root.at(dracut.BASE / "dracut-functions.sh")]
+    inputs = [build.kernel.modules_dep, root.at(dracut.BASE / "dracut-functions.sh")]
     inputs += [path for stage in build.plan.all for path in stage.directory.iterdir()]
     inputs += [path for stage in build.plan.all for b in stage.binaries if (path := root.find_program(b.name))]
     newest = max(int(path.stat().st_mtime) for path in inputs)
@@ -429,7 +429,7 @@ def _contents(
 def _inputs(build: InitramfsBuild, modules: tuple[RenderedModule, ...]) -> dict[str, str]:
     """Return the SHA-256 of each input by its role; no path of this host."""
     inputs = {**build.inputs, "ca": sha256(build.ca)}
-    inputs["modules.dep"] = sha256((build.kernel.modules / "modules.dep").read_bytes())
+    inputs["modules.dep"] = sha256(build.kernel.modules_dep.read_bytes())
     if build.kernel.image is not None:
         inputs["kernel"] = sha256(build.kernel.image.read_bytes())
     for module in modules:

@@ -38,40 +38,45 @@ class Kernel:
     image: Path | None = None
     root: Root = HOST
 
+    @property
+    def modules_dep(self) -> Path:
+        """Where depmod's list of the modules is on the host."""
+        return self.root.follow(self.modules / "modules.dep")
+
     def driver_names(self) -> frozenset[str]:
         """Return the names of all loadable modules, with `_` for `-`."""
-        dep = self.modules / "modules.dep"
-        return frozenset(_module_name(line.partition(":")[0]) for line in _lines(dep))
+        return frozenset(_module_name(line.partition(":")[0]) for line in self._lines("modules.dep"))
 
     def builtin_names(self) -> frozenset[str]:
         """Return the names of the drivers that are part of the kernel itself."""
-        return frozenset(_module_name(line) for line in _lines(self.modules / "modules.builtin"))
+        return frozenset(_module_name(line) for line in self._lines("modules.builtin"))
 
     def drives_network(self, paths: Iterable[str]) -> bool:
         """Whether a network card has its driver among the files of an initramfs, or in the kernel itself."""
-        return any(CARD.search(path) for path in (*paths, *_lines(self.modules / "modules.builtin")))
+        return any(CARD.search(path) for path in (*paths, *self._lines("modules.builtin")))
 
     def unpacks(self, compression: str) -> bool:
         """Say whether this kernel can unpack an initramfs compressed so: by its configuration, else by its version."""
         places = [self.modules / "config", self.root.at(f"/boot/config-{self.release}")]
         if self.image is not None:
             places.insert(0, self.image.parent / f"config-{self.release}")
-        for place in places:
+        for place in map(self.root.follow, places):
             if place.is_file():
                 wanted = f"CONFIG_RD_{compression.upper()}=y"
                 return wanted in place.read_text(encoding="utf-8", errors="replace").splitlines()
         return compression != "zstd" or version_key(self.release) >= version_key("5.9")
 
+    def _lines(self, name: str) -> list[str]:
+        """Return the lines of a file beside the modules, none where there is no such file."""
+        try:
+            file = self.root.follow(self.modules / name)
+            return file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
 
 def _module_name(path: str) -> str:
     return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
 
 
 def version_key(release: str) -> tuple[tuple[int, int | str], ...]:
@@ -114,8 +119,8 @@ def _image_of(wanted: str, root: Root) -> Path:
     """Return the kernel image that a path names: in another system it is one of that system, or below its directory."""
     image = Path(wanted)
     if not root.is_host:
-        absolute = image.resolve()
-        image = absolute if absolute.is_relative_to(root.directory) else root.at(wanted)
+        absolute = image.parent.resolve() / image.name
+        image = root.follow(absolute) if absolute.is_relative_to(root.directory) else root.at(wanted)
     if not image.is_file():
         raise AnchorError(f"--kernel {wanted}: no such file" + ("" if root.is_host else f" in {root.name}"))
     return image
@@ -123,7 +128,7 @@ def _image_of(wanted: str, root: Root) -> Path:
 
 def _installed_image(release: str, modules: Path, root: Root, installed: bool) -> Path | None:
     """Return the image of a kernel: beside the modules as kernel-install wants it, or, if `installed`, in /boot."""
-    names = [modules / name for name in IMAGE_NAMES]
+    names = [root.follow(modules / name) for name in IMAGE_NAMES]
     names += [root.at(f"/boot/{name}-{release}") for name in IMAGE_NAMES if installed]
     return next((path for path in names if path.is_file()), None)
 
@@ -214,7 +219,7 @@ def installed_releases(root: Root = HOST) -> list[str]:
         for tree in map(root.at, MODULE_TREES)
         if tree.is_dir()
         for path in tree.iterdir()
-        if (path / "modules.dep").is_file()
+        if root.follow(path / "modules.dep").is_file()
     }
     return sorted(names, key=version_key)
 
@@ -237,7 +242,7 @@ def _find_modules(release: str, image: Path | None, modules: Path | None, root: 
         candidates = [root / sub / release for root in roots for sub in ("lib/modules", "usr/lib/modules")]
         candidates += [root.at(tree / release) for tree in MODULE_TREES]
     for candidate in candidates:
-        if (candidate / "modules.dep").is_file():
+        if root.follow(candidate / "modules.dep").is_file():
             return candidate
     raise AnchorError(
         f"kernel {release}: no modules (modules.dep) in {', '.join(str(c) for c in dict.fromkeys(candidates))}",

@@ -113,7 +113,7 @@ class Contents:
 
 def measure(initramfs: Initramfs, plan: Plan, kernel: Kernel) -> Contents:
     """Say whose the bytes are: a file belongs to the first stage that needs it, the rest to the base system."""
-    depends = driver_dependencies((kernel.modules / "modules.dep").read_text(encoding="utf-8"))
+    depends = driver_dependencies(kernel.modules_dep.read_text(encoding="utf-8", errors="replace"))
     return measure_stages(initramfs, plan.all, depends, lambda stage: libraries(initramfs, stage))
 
 

@@ -150,6 +150,10 @@ class Root:
         """Return the path in this system of what is at `path` on the host, below its directory."""
         return path if self.is_host else Path("/") / path.relative_to(self.directory)
 
+    def follow(self, path: Path) -> Path:
+        """Return where what is at `path` on the host, below its directory, leads: its links are this system's."""
+        return self.at(self.inside(path)) if path.is_relative_to(self.directory) else NOWHERE
+
     def find_program(self, name: str) -> Path | None:
         """Return where on the host a program of this system is, found where dracut looks for it."""
         if self.is_host:

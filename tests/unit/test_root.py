@@ -177,6 +177,32 @@ def test_the_kernels_of_a_system(system: Path) -> None:
         find_kernel(None, system, root)
 
 
+def test_the_links_beside_a_systems_modules_lead_nowhere_outside(system: Path, tmp_path: Path) -> None:
+    """What is found there is copied beside the initramfs, for all to read."""
+    root, release = open_root(system), "6.1.0-18-amd64"
+    modules = system / "usr/lib/modules" / release
+    modules.mkdir(parents=True)
+    (system / "lib").symlink_to("usr/lib")
+    secret = tmp_path / "secret"
+    secret.write_text("CONFIG_RD_LZ4=y\n", encoding="utf-8")
+    (modules / "modules.dep").touch()
+    for name in ("vmlinuz", "modules.builtin", "config"):
+        (modules / name).symlink_to(secret)
+    found = find_kernel(None, None, root)
+    assert (found.image, found.builtin_names(), found.unpacks("zstd")) == (None, set(), True)
+    (modules / "modules.builtin").unlink()
+    (modules / "modules.builtin").write_bytes(b"kernel/fs/\xff.ko\nkernel/fs/ext4.ko\n")
+    assert "ext4" in found.builtin_names()
+    (system / "boot").mkdir()
+    (system / "boot/kernel").write_bytes(b"of the system")
+    (modules / "vmlinuz").unlink()
+    (modules / "vmlinuz").symlink_to("/boot/kernel")
+    assert find_kernel(None, None, root).image == system / "boot/kernel"
+    (modules / "modules.dep").unlink()
+    (modules / "modules.dep").symlink_to(secret)
+    assert installed_releases(root) == []
+
+
 def test_the_command_ends_with_its_starter_and_takes_its_mounts_along(system: Path, tmp_path: Path) -> None:
     argv = enter(open_root(system), tmp_path, ["dracut", "a b"])
     assert argv[:4] == ["setpriv", "--pdeathsig", "KILL", "--"]

@@ -36,12 +36,15 @@ NO_MOUNTS: Mapping[Path, Path | None] = MappingProxyType({})
 # Which programs of another processor each of them runs as well.
 ALSO_RUNS = {"x86_64": {"i386"}}
 
-# $1 the root, $2 the work directory, $3 how many mounts below the root, their paths, how many mount points for what
-# is written, their paths; then the command. What is mounted belongs to these namespaces and goes with them.
+# $1 the root, $2 the work directory, $3 to $6 where proc, sys, dev and the work directory are seen, then how many
+# mounts below the root, their paths, how many mount points for what is written, their paths; then the command. What is
+# mounted belongs to these namespaces and goes with them. No path has a link in it: mount and mkdir would follow an
+# absolute one on the host.
 ENTER = """
 set -e
 root=$1 work=$2 inside=$2/root
-shift 2
+proc=$inside$3 sys=$inside$4 dev=$inside$5 seen=$inside$6
+shift 6
 show() {
     mount --bind "$root$1" "$inside$1"
     mount -o remount,bind,ro "$inside$1"
@@ -54,18 +57,18 @@ while [ "$n" -gt 0 ]; do
     shift
     n=$((n - 1))
 done
-mount -t proc proc "$inside/proc"
-mount -t sysfs -o ro sysfs "$inside/sys"
-mount -t tmpfs -o mode=755 tmpfs "$inside/dev"
+mount -t proc proc "$proc"
+mount -t sysfs -o ro sysfs "$sys"
+mount -t tmpfs -o mode=755 tmpfs "$dev"
 for name in null zero full random urandom; do
-    : >"$inside/dev/$name"
-    mount --bind "/dev/$name" "$inside/dev/$name"
+    : >"$dev/$name"
+    mount --bind "/dev/$name" "$dev/$name"
 done
-ln -s /proc/self/fd "$inside/dev/fd"
-ln -s fd/0 "$inside/dev/stdin"
-ln -s fd/1 "$inside/dev/stdout"
-ln -s fd/2 "$inside/dev/stderr"
-mkdir "$inside/dev/shm"
+ln -s /proc/self/fd "$dev/fd"
+ln -s fd/0 "$dev/stdin"
+ln -s fd/1 "$dev/stdout"
+ln -s fd/2 "$dev/stderr"
+mkdir "$dev/shm"
 n=$1
 shift
 while [ "$n" -gt 0 ]; do
@@ -73,8 +76,8 @@ while [ "$n" -gt 0 ]; do
     shift
     n=$((n - 1))
 done
-mkdir "$inside/tmp/anchor-build"
-mount --bind "$work" "$inside/tmp/anchor-build"
+mkdir "$seen"
+mount --bind "$work" "$seen"
 # The first process of the namespace stays: it ends with the command, and everything else with it.
 chroot "$inside" /bin/sh -c 'cd /tmp/anchor-build && exec "$@"' sh "$@" && exit
 exit $?
@@ -213,7 +216,8 @@ def open_root(directory: Path, label: str = "", identity: str = "", *, to_run: b
             f"build it on a host with that processor, {theirs}",
         )
     for name in ("proc", "sys", "dev", "run", "tmp"):
-        if not root.at(name).is_dir():
+        place = root.at(name)
+        if not place.is_dir() or place == root.directory:
             raise AnchorError(f"{what}: has no directory /{name}, which dracut needs", "make it, empty")
     return root
 
@@ -225,8 +229,17 @@ def mounts_of(root: Root, work: Path) -> dict[Path, Path | None]:
     """
     if root.is_host:
         return {}
-    hidden = [Path("/", name) for name in ("proc", "sys", "dev")] + _written(root)
-    return {**dict.fromkeys(hidden), WORK: work}
+    *kernel, seen = _mount_points(root)
+    return {**dict.fromkeys([*kernel, *_written(root)]), seen: work}
+
+
+def _mount_points(root: Root) -> list[Path]:
+    """Return where proc, sys, dev and the work directory are mounted in a system: paths without links."""
+    proc, sys, dev, tmp = (
+        root.inside(place) if (place := root.at(path)) != NOWHERE else path
+        for path in (Path("/proc"), Path("/sys"), Path("/dev"), WORK.parent)
+    )
+    return [proc, sys, dev, tmp / WORK.name]
 
 
 def _written(root: Root) -> list[Path]:
@@ -244,7 +257,7 @@ def enter(root: Root, work: Path, argv: Sequence[str | Path]) -> list[str]:
     (work / "root").mkdir(exist_ok=True)
     places, tops = _written(root), mounts_of(root, work)
     shown = [place for place in _mounts_below(root.directory) if not any(place.is_relative_to(top) for top in tops)]
-    words = [root.directory, work, len(shown), *shown, len(places), *places, *argv]
+    words = [root.directory, work, *_mount_points(root), len(shown), *shown, len(places), *places, *argv]
     # If this process is killed, the kernel kills unshare (setpriv), and that kills the first process inside.
     return [
         *("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "private"),

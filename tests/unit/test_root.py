@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +16,11 @@ from anchor_build.dracut import find_dracut
 from anchor_build.elf import dynamic_linker, machine_of, needed_libraries
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import find_kernel, installed_releases
-from anchor_build.root import HOST, Root, enter, open_root
+from anchor_build.root import HOST, WORK, Root, enter, mounts_of, open_root
 from anchor_build.settings import read_ca
 
 AARCH64, X86_64, BIG = 183, 62, 2
+VAR_TMP = "/var/tmp"  # noqa: S108 - a path inside
 
 
 def elf(machine: int, order: int = 1) -> bytes:
@@ -209,9 +213,70 @@ def test_the_command_ends_with_its_starter_and_takes_its_mounts_along(system: Pa
     assert {"--mount", "--pid", "--kill-child=KILL"} <= set(argv)
     assert argv[argv.index("--propagation") + 1] == "private"
     assert argv[-2:] == ["dracut", "a b"]
-    # root, work, nothing mounted below it, two places for what is written (there is no var/tmp)
+    # root, work, what is mounted, nothing mounted below it, two places for what is written (there is no var/tmp)
     words = argv[argv.index("sh", argv.index("-c")) + 1 :]
-    assert words[:-2] == [str(system), str(tmp_path), "0", "2", "/run", "/tmp"]  # noqa: S108 - a path inside
+    assert words[:2] == [str(system), str(tmp_path)]
+    assert words[2:-2] == ["/proc", "/sys", "/dev", str(WORK), "0", "2", "/run", "/tmp"]  # noqa: S108 - a path inside
+
+
+def entered(root: Root, work: Path) -> subprocess.CompletedProcess[str]:
+    """Have a system say what is in the work directory, and what of /dev, by its shell alone."""
+    work.mkdir()
+    (work / "mark").touch()
+    say = "echo *; echo >made; echo /dev/null /tmp/*"
+    return subprocess.run(enter(root, work, ["/bin/sh", "-c", say]), text=True, capture_output=True, check=False)
+
+
+@pytest.fixture
+def live(system: Path) -> Path:
+    """Give the system a shell that runs."""
+    shell = Path("/bin/dash").resolve()
+    listed = subprocess.run(["ldd", shell], text=True, capture_output=True, check=True).stdout
+    for file in [shell, *map(Path, re.findall(r"(/\S+) \(0x", listed))]:
+        place = system / file.relative_to("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    return system
+
+
+@pytest.mark.parametrize(
+    ("links", "seen"),
+    [
+        ({}, str(WORK)),
+        ({"tmp": "var/tmp"}, f"{VAR_TMP}/anchor-build"),
+        ({"tmp": VAR_TMP}, f"{VAR_TMP}/anchor-build"),
+        ({"tmp": VAR_TMP, "dev": "/usr/dev", "proc": "/usr/proc"}, f"{VAR_TMP}/anchor-build"),
+        ({"tmp": "../../host"}, "/host/anchor-build"),
+    ],
+    ids=str,
+)
+def test_the_links_of_a_system_make_nothing_on_the_host(
+    live: Path, tmp_path: Path, links: dict[str, str], seen: str
+) -> None:
+    host, work = tmp_path / "host", tmp_path / "work"
+    for path in ("var/tmp", "usr/proc", "usr/dev", "host"):
+        (live / path).mkdir(parents=True, exist_ok=True)
+    host.mkdir()
+    for name, target in links.items():
+        (live / name).rmdir()
+        (live / name).symlink_to(target)
+    ours = [WORK, Path(VAR_TMP, WORK.name)]
+    before = [path for path in ours if path.exists()]
+    root = open_root(live)
+    assert mounts_of(root, work)[Path(seen)] == work
+    done = entered(root, work)
+    assert (list(host.iterdir()), [path for path in ours if path.exists()]) == ([], before)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:2] == ["mark", "root"]
+    assert str(WORK) in done.stdout
+    assert (work / "made").is_file()
+
+
+def test_a_directory_that_is_the_whole_system(system: Path) -> None:
+    (system / "tmp").rmdir()
+    (system / "tmp").symlink_to("/")
+    with pytest.raises(AnchorError, match="has no directory /tmp"):
+        open_root(system)
 
 
 def test_processors_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -174,8 +175,13 @@ def _require_one(state: _Check, stage: Stage) -> None:
 def _require_digests(state: _Check, stage: Stage) -> None:
     for param, scheme, holder in digest_holders(stage):
         reference = state.values[param.key]
-        if reference.startswith(f"{scheme}://") and "@sha256:" not in f"{reference}:{state.values[holder.key]}":
+        if reference.startswith(f"{scheme}://") and not is_pinned(state.values[holder.key]):
             state.errors.append(f"{param.key}: {unprotected(scheme)}")
+
+
+def is_pinned(reference: str) -> bool:
+    """Whether a reference ends in a digest."""
+    return re.fullmatch("[0-9a-f]{64}", reference.partition("@sha256:")[2]) is not None
 
 
 def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:

@@ -24,6 +24,8 @@ from tests.shell.conftest import SHELLS, Shell
 
 SHA = "0123456789abcdef" * 4
 BASE = "root=anchor acme_server=ca.example rd.anchor.local-file.directory=/c squashfs_server=https://store/i"
+# What may stand after @sha256: and is no digest.
+NO_DIGESTS = ["", "abc", SHA[1:], f"{SHA}0", SHA.upper(), f"{SHA[1:]}g", f"{SHA}:t", f"{SHA}/", f"{SHA}@sha256:{SHA}"]
 # One value that a type accepts in a form that has to be normalised, and some that it refuses.
 RIGHT = {
     "string": "any=text",
@@ -365,6 +367,18 @@ def test_the_first_stage_that_has_what_it_needs_is_chosen(shell: Shell, lay_out:
     answers = ask_node(shell, plan, lay_out, lines, {})
     assert answers == [of_check(plan, line) for line in lines]
     assert [answer.chosen for answer in answers] == [("none", "squashfs"), ("acme", "squashfs")]
+
+
+def test_over_http_a_reference_ends_in_a_digest(shell: Shell, plan: Plan, lay_out: LayOut) -> None:
+    oci, buildah = "oci rd.anchor.oci.image=http://h/x", "buildah buildah_registry=http://h buildah_image=x"
+    base = "root=anchor acme_server=ca.example rd.anchor.image="
+    lines = [f"{base}{words}@sha256:{digest}" for words in (oci, buildah) for digest in (SHA, *NO_DIGESTS)]
+    lines += [f"{base}buildah buildah_registry=http://h/@sha256:{SHA} buildah_image=x", f"{base}{buildah}{SHA}"]
+    answers = ask_node(shell, plan, lay_out, lines, {})
+    assert answers == [of_check(plan, line) for line in lines]
+    assert [line for line, answer in zip(lines, answers, strict=True) if answer.accepted] == [
+        f"{base}{words}@sha256:{SHA}" for words in (oci, buildah)
+    ]
 
 
 def test_what_chooses_an_absent_stage_is_refused(shell: Shell, lay_out: LayOut) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from anchor_build.elf import machine_of
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.root import HOST, Root
 
@@ -15,15 +16,25 @@ MODULE_TREES = (Path("/lib/modules"), Path("/usr/lib/modules"))
 IMAGE_NAMES = ("vmlinuz", "vmlinux", "Image")
 RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*")
 # Where the kernel's source has the drivers of network cards. The rest of drivers/net is bonds, tunnels and the like.
+# What others made lies in these directories (depmod.d(5), DKMS), and its path does not say what it drives.
 CARD = re.compile(
-    r"drivers/(net/(ethernet|usb|vmxnet3|hyperv)/|net/(virtio_net|xen-netfront)\.|infiniband/ulp/ipoib/|s390/net/)"
+    r"drivers/net/(?:(?:ethernet|usb|vmxnet3|hyperv)/|thunderbolt[/.]|(?:virtio_net|xen-netfront)\.)"
+    r"|drivers/(?:infiniband/ulp/(?:ipoib|opa_vnic)|s390/net|staging/qlge)/"
+    r"|lib/modules/[^/]+/(?:updates|extra|weak-updates)/.*\.ko(?:\.[a-z0-9]+)?$"
 )
 # Offsets of the x86 boot protocol: Documentation/arch/x86/boot.rst, "HdrS" and kernel_version.
 SETUP_MAGIC = (0x202, b"HdrS")
 VERSION_POINTER = 0x20E
 SETUP_START = 0x200
-# What uname(2) calls the processors that this protocol is of.
+# What uname(2) calls the processors that this protocol is of, and the numbers that they have in ELF and PE files: the
+# image may be a vmlinux (QEMU starts one with a PVH note) or a unified kernel image (systemd-stub), too.
 X86 = ("x86_64", "i686", "i586")
+X86_ELF = ("x86_64", "i386")
+X86_PE = (0x8664, 0x14C)
+# Where a PE file says where its header is, and that header's start (Microsoft: PE Format).
+PE_POINTER = 0x3C
+PE_MAGIC = b"PE\0\0"
+HEAD_BYTES = 0x8000
 
 
 @dataclass(frozen=True)
@@ -142,14 +153,22 @@ def _check_same(wanted: str | None, image: Path | None, modules: Path, release: 
     if image is None:
         other = wanted or release
     else:
+        head = _head(image)
         try:
             other = release_of(image)
         except AnchorError as error:
-            if platform.machine() in X86:
+            if platform.machine() in X86 and not _is_x86(image, head):
                 raise AnchorError(error.message, "the programs in the initramfs are this host's, for x86") from None
-            return  # another architecture's image does not tell
+            return  # neither another architecture's image nor a vmlinux tells
     if other != release:
         raise AnchorError(f"--kernel {wanted} is {other}, but --modules {modules} is of {release}")
+
+
+def _is_x86(image: Path, head: bytes) -> bool:
+    """Whether a file is a program for x86 without the boot protocol: an ELF or PE file."""
+    pointer = int.from_bytes(head[PE_POINTER : PE_POINTER + 4], "little")
+    pe = head[pointer : pointer + 6] if head[:2] == b"MZ" else b""
+    return machine_of(image) in X86_ELF or (pe[:4] == PE_MAGIC and int.from_bytes(pe[4:], "little") in X86_PE)
 
 
 def check_image(kernel: Kernel, image: Path) -> str:
@@ -185,11 +204,7 @@ def check_image(kernel: Kernel, image: Path) -> str:
 
 def release_of(image: Path) -> str:
     """Read the release from an x86 kernel image; raises AnchorError when it is none or may not be read."""
-    try:
-        with image.open("rb") as file:
-            head = file.read(0x8000)
-    except OSError as error:
-        raise AnchorError(f"--kernel {image}: cannot be read: {error.strerror}") from None
+    head = _head(image)
     offset, magic = SETUP_MAGIC
     pointer = int.from_bytes(head[VERSION_POINTER : VERSION_POINTER + 2], "little") + SETUP_START
     if head[offset : offset + 4] != magic or pointer >= len(head):
@@ -198,6 +213,14 @@ def release_of(image: Path) -> str:
             "name its modules directory with --modules DIR",
         )
     return head[pointer : pointer + 256].split(b"\0")[0].decode("ascii", "replace").split(" ")[0]
+
+
+def _head(image: Path) -> bytes:
+    try:
+        with image.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise AnchorError(f"--kernel {image}: cannot be read: {error.strerror}") from None
 
 
 def _newest_release(root: Root) -> str:
@@ -227,9 +250,13 @@ def installed_releases(root: Root = HOST) -> list[str]:
 def check_place(kernel: Kernel) -> None:
     """Raise AnchorError where dracut would not take a kernel's modules: it knows no other place (dracut.sh)."""
     if kernel.modules.parent.parts[-2:] != ("lib", "modules"):
+        rule = f"dracut takes modules only from a directory lib/modules/{kernel.release}"
+        if kernel.root.is_host:
+            raise AnchorError(f"--modules {kernel.modules}: {rule}", "move or copy them to one; it may lie anywhere")
+        place = kernel.root.inside(kernel.modules)
         raise AnchorError(
-            f"--modules {kernel.modules}: dracut takes modules only from a directory lib/modules/{kernel.release}",
-            "move or copy them to one; it may lie anywhere",
+            f"{kernel.root.name}: the modules of {kernel.release} lie in {place}, and {rule}",
+            "move them there: the directory is a link",
         )
 
 

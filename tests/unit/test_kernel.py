@@ -9,6 +9,8 @@ import pytest
 from anchor_build import kernel
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import Kernel, check_place, find_kernel, installed_releases, release_of, version_key
+from anchor_build.root import Root
+from tests.unit.test_root import elf
 
 RELEASE = "6.1.0-56-cloud-amd64"
 
@@ -137,6 +139,46 @@ def test_an_image_that_does_not_tell_its_release_goes_with_a_modules_directory(
     assert "--modules" not in caught.value.hint, "they were named"
 
 
+def pe(machine: int) -> bytes:
+    """Return the start of a PE file: a unified kernel image has no boot protocol."""
+    return (
+        b"MZ".ljust(0x3C, b"\0")
+        + (0x80).to_bytes(4, "little").ljust(0x44, b"\0")
+        + b"PE\0\0"
+        + machine.to_bytes(2, "little")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        (elf(62), True),
+        (elf(3), True),
+        (elf(183), False),
+        (pe(0x8664), True),
+        (pe(0xAA64), False),
+        (b"MZ\0\x91".ljust(0x38, b"\0") + b"ARM\x64", False),
+        (b"MZ", False),
+        (b"hsqs".ljust(4096, b"\0"), False),
+        (b"070701", False),
+        (b"\x28\xb5\x2f\xfd", False),
+    ],
+    ids=repr,
+)
+def test_which_images_go_with_a_modules_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, taken: bool
+) -> None:
+    image = tmp_path / "vmlinux"
+    image.write_bytes(content)
+    directory = modules(tmp_path / "x", RELEASE)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    if taken:
+        assert find_kernel(str(image), directory).image == image
+    else:
+        with pytest.raises(AnchorError, match="vmlinux: is not an x86 Linux kernel image"):
+            find_kernel(str(image), directory)
+
+
 @pytest.mark.parametrize("by_image", [True, False])
 def test_a_kernel_and_the_modules_of_another_one(tmp_path: Path, by_image: bool) -> None:
     wanted = str(kernel_image(tmp_path / "vmlinuz")) if by_image else RELEASE
@@ -149,10 +191,17 @@ def test_which_files_are_drivers_of_network_cards(tmp_path: Path) -> None:
     found = find_kernel(None, modules(tmp_path, RELEASE))
     top = f"usr/lib/modules/{RELEASE}"
     others = [f"{top}/kernel/drivers/net/{name}.ko" for name in ("bonding/bonding", "phy/phylib", "net_failover")]
-    assert not found.drives_network([*others, "usr/bin/bash"])
+    assert not found.drives_network([*others, "usr/bin/bash", f"{top}/updates/dkms", "usr/share/updates/x.ko"])
     for name in (
         "kernel/drivers/net/virtio_net.ko.xz",
         "extra/mlnx/drivers/net/ethernet/mellanox/mlx5/core/mlx5_core.ko",
+        "updates/dkms/r8125.ko.xz",
+        "extra/ixgbe/ixgbe.ko",
+        "weak-updates/i40e/i40e.ko.zst",
+        "kernel/drivers/net/thunderbolt/thunderbolt_net.ko",
+        "kernel/drivers/net/thunderbolt.ko",
+        "kernel/drivers/staging/qlge/qlge.ko",
+        "kernel/drivers/infiniband/ulp/opa_vnic/opa_vnic.ko",
     ):
         assert found.drives_network([*others, f"{top}/{name}"])
     (found.modules / "modules.builtin").write_text("kernel/drivers/net/ethernet/intel/igb/igb.ko\n", encoding="utf-8")
@@ -166,6 +215,20 @@ def test_dracut_takes_modules_from_one_place_only(tmp_path: Path) -> None:
         AnchorError, match=f"--modules {tmp_path}/x/{RELEASE}: dracut takes modules only from a directory"
     ):
         check_place(find_kernel(None, modules(tmp_path / "x", RELEASE)))
+
+
+def test_modules_of_another_system_in_a_place_that_dracut_does_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "MODULE_TREES", (Path("/lib/modules"),))
+    modules(tmp_path / "srv", RELEASE)
+    (tmp_path / "lib/modules").mkdir(parents=True)
+    (tmp_path / "lib/modules" / RELEASE).symlink_to(f"/srv/{RELEASE}")
+    with pytest.raises(
+        AnchorError, match=rf"^{tmp_path}: the modules of {RELEASE} lie in /srv/{RELEASE}, and"
+    ) as caught:
+        check_place(find_kernel(None, None, Root(tmp_path)))
+    assert "--modules" not in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"ELF", b"\0" * 0x8000, b"\0" * 0x202 + b"HdrS"], ids=len)
@@ -190,13 +253,16 @@ def test_an_image_that_is_missing(tmp_path: Path) -> None:
 
 def test_an_image_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = kernel_image(tmp_path / "vmlinuz")
+    there = modules(tmp_path / "x", RELEASE)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(image))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(AnchorError, match="vmlinuz: cannot be read: Permission denied"):
-        find_kernel(str(image))
+    for directory in (None, there):
+        with pytest.raises(AnchorError, match="vmlinuz: cannot be read: Permission denied") as caught:
+            find_kernel(str(image), directory)
+        assert caught.value.hint == ""
 
 
 def test_drivers_are_named_with_underscores(tmp_path: Path) -> None:

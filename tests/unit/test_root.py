@@ -193,7 +193,7 @@ def test_the_links_beside_a_systems_modules_lead_nowhere_outside(system: Path, t
     for name in ("vmlinuz", "modules.builtin", "config"):
         (modules / name).symlink_to(secret)
     found = find_kernel(None, None, root)
-    assert (found.image, found.builtin_names(), found.unpacks("zstd")) == (None, set(), True)
+    assert (found.image, found.builtin_names(), found.unpacks("zstd")) == (None, frozenset(), True)
     (modules / "modules.builtin").unlink()
     (modules / "modules.builtin").write_bytes(b"kernel/fs/\xff.ko\nkernel/fs/ext4.ko\n")
     assert "ext4" in found.builtin_names()

@@ -64,7 +64,7 @@ CURL_HINTS = {
     60: _TRUSTED,
     77: _TRUSTED,
 }
-# What a URL on a kernel command line can have in a name and means nothing else there.
+# What is written in the same way in a file's name, in a URL and on a kernel command line.
 NAME = re.compile(r"[A-Za-z0-9._~+@:=-]+")
 
 
@@ -314,10 +314,12 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         )
     alone = image.name.endswith(SUFFIX)
     manifest_file = image if alone else image.with_name(image.name + SUFFIX)
-    if not NAME.fullmatch(manifest_file.name):
+    # AWS takes a plus in a URL's path for a blank: nodes would have to write %2B.
+    if not NAME.fullmatch(manifest_file.name) or (isinstance(target, Bucket) and "+" in manifest_file.name):
         raise AnchorError(
-            f"{manifest_file}: would be published under its name, which has a character that a node's URL cannot have",
-            "rename it, with its image: letters, digits and ._~+@:=- will do",
+            f"{manifest_file}: would be published under its name, which has a character that is written differently in"
+            " a URL or on a command line",
+            "rename it, with its image: letters, digits and ._~@:=- will do",
         )
     with step("verify the manifest and its signature" if alone else VERIFY), disk_errors():
         if alone:

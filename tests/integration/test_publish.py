@@ -203,11 +203,16 @@ def test_s3_gets_the_image_first_and_the_manifest_last(s3: servers.S3, pair: Pai
     for secret in (s3.secret_key, s3.access_key):
         assert secret not in done.stdout + done.stderr
     # The signature is of the path as it is sent.
-    (tmp_path / "n+1@x.manifest").write_bytes(pair.manifest.read_bytes())
-    (tmp_path / "n+1@x").write_bytes(pair.image.read_bytes())
-    done = run(tmp_path / "n+1@x", *arguments[1:], *options, **keys)
+    for name in ("n:1@x", "n+1@x"):
+        (tmp_path / f"{name}.manifest").write_bytes(pair.manifest.read_bytes())
+        (tmp_path / name).write_bytes(pair.image.read_bytes())
+    done = run(tmp_path / "n:1@x", *arguments[1:], *options, **keys)
     assert done.returncode == 0, done.stderr
-    assert [line for line in requests(s3) if line.startswith("PUT")] == ["PUT /images/el/9/n%2B1%40x.manifest"]
+    assert [line for line in requests(s3) if line.startswith("PUT")] == ["PUT /images/el/9/n%3A1%40x.manifest"]
+    done = run(tmp_path / "n+1@x", *arguments[1:], *options, **keys)
+    assert (done.returncode, "written differently in a URL" in done.stderr, requests(s3)) == (1, True, [])
+    (tmp_path / "www").mkdir()
+    assert run(tmp_path / "n+1@x", "--to", tmp_path / "www", "--manifest-key", pair.public).returncode == 0
 
 
 def test_s3_keeps_a_newer_manifest(s3: servers.S3, pair: Pair) -> None:
@@ -288,14 +293,17 @@ def test_a_service_that_is_away_is_told_once() -> None:
     assert _curl_error("http://h/", 9, "").message == "http://h/: curl ended with status 9"
 
 
-def test_a_name_that_no_url_can_have_is_refused(pair: Pair, tmp_path: Path) -> None:
+def test_a_name_that_a_url_has_otherwise_is_refused(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "www").mkdir()
     for name in ("my node.squashfs", "n%20.squashfs", "a,b", "knoten-\N{LATIN SMALL LETTER O WITH DIAERESIS}"):
         image, manifest = pair.image.with_name(name), pair.manifest.with_name(f"{name}.manifest")
         shutil.copy(pair.image, image)
         shutil.copy(pair.manifest, manifest)
         done = run(image, "--to", tmp_path / "www", "--manifest-key", pair.public)
-        assert (done.returncode, "which has a character that a node's URL cannot have" in done.stderr) == (1, True)
+        assert (done.returncode, "which has a character that is written differently in a URL" in done.stderr) == (
+            1,
+            True,
+        )
         assert "hint: rename it, with its image" in done.stderr
     assert list((tmp_path / "www").iterdir()) == []
 

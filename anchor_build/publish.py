@@ -55,6 +55,7 @@ HINTS = {
 
 _REACHED = "is the service running there, and is --endpoint right?"
 _TRUSTED = "name the CA that its certificate is from: --ca FILE"
+STALLED = f"nothing went through for {STALL_S} s: is the service alive, and the network to it?"
 # By the status of curl (EXIT CODES in curl(1)).
 CURL_HINTS = {
     6: _REACHED,
@@ -221,9 +222,10 @@ def _quoted(text: str) -> str:
 def _curl_error(url: str, status: int, said: str) -> AnchorError:
     """Say why there was no answer, once: curl says so for each of its tries, and more about certificates."""
     reasons = re.findall(r"^curl: \(\d+\) (.+)$", said, re.MULTILINE)
-    return AnchorError(
-        f"{url}: {reasons[-1] if reasons else f'curl ended with status {status}'}", CURL_HINTS.get(status, "")
-    )
+    reason = reasons[-1] if reasons else said.strip()[-500:] or f"curl ended with status {status}"
+    # The same status for who does not answer and for who stops to read.
+    hint = STALLED if "Operation too slow" in reason else CURL_HINTS.get(status, "")
+    return AnchorError(f"{url}: {reason}", hint)
 
 
 def _s3_error(url: str, status: int, body: str) -> AnchorError:

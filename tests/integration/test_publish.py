@@ -293,6 +293,17 @@ def test_a_service_that_is_away_is_told_once() -> None:
     assert _curl_error("http://h/", 9, "").message == "http://h/: curl ended with status 9"
 
 
+def test_what_curl_says_is_told() -> None:
+    """As curl 7.88 says it of an option, and of a service that stops to read."""
+    said = "curl: option --nonsense: is unknown\ncurl: try 'curl --help' for more information\n"
+    assert _curl_error("http://h/", 2, said).message == f"http://h/: {said.strip()}"
+    assert len(_curl_error("http://h/", 2, "x" * 9000).message) < 600
+    slow = "curl: (28) Operation too slow. Less than 1 bytes/sec transferred the last 60 seconds\n"
+    assert _curl_error("http://h/", 28, slow).hint.startswith("nothing went through for 60 s")
+    late = "curl: (28) Failed to connect to h port 80 after 20000 ms: Timeout was reached\n"
+    assert _curl_error("http://h/", 28, late).hint == "is the service running there, and is --endpoint right?"
+
+
 def test_a_name_that_a_url_has_otherwise_is_refused(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "www").mkdir()
     for name in ("my node.squashfs", "n%20.squashfs", "a,b", "knoten-\N{LATIN SMALL LETTER O WITH DIAERESIS}"):

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -301,10 +301,18 @@ def find_credentials(env: Mapping[str, str]) -> Credentials:
     return found
 
 
-def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], step: Step) -> dict[str, Any]:
+def publish(
+    image: Path,
+    to: str,
+    target: Target,
+    keys: Sequence[PublicKey],
+    step: Step,
+    refuse: Callable[[Sequence[Path]], None],
+) -> dict[str, Any]:
     """Verify an image and its manifest, then publish them; return a report. What is there already is left alone.
 
-    `image` may be the manifest of an image that is at a registry: then there is only that to publish.
+    `image` may be the manifest of an image that is at a registry: then there is only that to publish. `refuse` is told
+    which files this is going to write, and may raise.
 
     Raises AnchorError when the two do not belong together, the signature is not by one of `keys`, the manifest has
     expired, or the target refuses.
@@ -329,6 +337,9 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         else:
             manifest, sha256 = verified(image, manifest_file, keys)
     name = manifest_file.name
+    image_name = manifest.file or image.name
+    if isinstance(target, Directory):
+        refuse([target.path / name, *([] if alone else [target.path / image_name])])
     _refuse_older(manifest_file, manifest, target, name, keys)
     report: dict[str, Any] = {"to": to, "signed_by": None, "files": []}
     _, data = read_manifest(manifest_file)
@@ -336,7 +347,7 @@ def publish(image: Path, to: str, target: Target, keys: Sequence[PublicKey], ste
         report["signed_by"] = verify_signature(data, keys).fingerprint
     files = [(manifest_file.name, manifest_file, file_digest(manifest_file))]
     if not alone:
-        files.insert(0, (manifest.file or image.name, image, sha256))
+        files.insert(0, (image_name, image, sha256))
     for name, path, digest in files:
         started = time.monotonic()
         with step(f"publish {name}, {path.stat().st_size / 1e6:.1f} MB"), disk_errors():

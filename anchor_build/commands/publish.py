@@ -130,7 +130,7 @@ def command(
             " belong to oci://."
         )
     place = find_target(to, endpoint=endpoint, region=region, ca=ca)
-    report = publish(image, to, place, read_public_keys(manifest_keys), console.step)
+    report = publish(image, to, place, read_public_keys(manifest_keys), console.step, console.refuse_events)
     if as_json:
         console.json(report)
         return

@@ -82,6 +82,30 @@ def test_a_directory_gets_image_and_manifest_once(pair: Pair, tmp_path: Path) ->
     assert (target / "node.squashfs.manifest").read_bytes() == pair.manifest.read_bytes()
 
 
+def test_events_do_not_go_to_what_is_published(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    for name in (pair.name, "node.squashfs.manifest"):
+        events = tmp_path / "www" / name
+        argv = [
+            sys.executable,
+            "-m",
+            "anchor_build",
+            "--events",
+            events,
+            "publish",
+            pair.image,
+            "--to",
+            tmp_path / "www",
+        ]
+        argv += ["--manifest-key", pair.public]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+        assert (done.returncode, f"--events: {events} is what this command makes" in done.stderr) == (2, True), (
+            done.stderr
+        )
+        assert json.loads(events.read_text().splitlines()[-1])["event"] == "failed"
+        events.unlink()
+
+
 def test_a_damaged_copy_is_replaced(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / pair.name).write_bytes(b"half")
     done = run(pair.image, "--to", tmp_path, "--manifest-key", pair.public)

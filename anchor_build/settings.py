@@ -17,6 +17,7 @@ from anchor_build.root import HOST, Root
 from anchor_build.stage import Param
 
 SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
+CERTIFICATE = re.compile(rb"-----BEGIN (?:TRUSTED )?CERTIFICATE-----([^-]*)")
 # What stands for a secret in what people and reports are shown.
 HIDDEN = "(secret)"
 
@@ -161,16 +162,17 @@ def read_ca(path: Path | None, root: Root = HOST) -> tuple[bytes, str]:
         raise AnchorError(f"--ca {path}: cannot be read: {error.strerror}") from None
     if re.search(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----", data):
         raise AnchorError(f"--ca {path}: holds a private key", "a CA bundle holds certificates only")
-    if not re.search(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----", data):
+    certificates = {b"".join(text.split()) for text in CERTIFICATE.findall(data)}
+    if not certificates:
         raise AnchorError(f"--ca {path}: holds no certificate in PEM form")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(path)
     except ssl.SSLError:
         raise AnchorError(f"--ca {path}: holds a certificate that cannot be read", "is it whole?") from None
-    # One that is pinned is no CA, and not among these.
+    # One that is pinned is no CA, and not among these: whether its time is over is not known.
     ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
-    if ends and max(ends) < time.time():
+    if len(ends) >= len(certificates) and max(ends) < time.time():
         day = time.strftime("%Y-%m-%d", time.gmtime(max(ends)))
-        return data, f"--ca {path}: has been expired since {day}: nodes will trust no server"
+        return data, f"--ca {path}: expired on {day}: nodes will trust no server"
     return data, ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -145,7 +146,17 @@ def test_a_ca_whose_time_is_over(authority: Path, monkeypatch: pytest.MonkeyPatc
     assert read_ca(authority)[1] == ""
     monkeypatch.setattr("time.time", lambda: end + 1)
     day = datetime.fromtimestamp(end, UTC).date()
-    assert read_ca(authority)[1] == f"--ca {authority}: has been expired since {day}: nodes will trust no server"
+    said = f"--ca {authority}: expired on {day}: nodes will trust no server"
+    assert read_ca(authority)[1] == said
+    authority.write_bytes(authority.read_bytes() * 2)
+    assert read_ca(authority)[1] == said
+    # A server's own certificate beside it is trusted, and no CA.
+    leaf = authority.with_name("leaf.pem")
+    subject = ("-subj", "/CN=store", "-addext", "basicConstraints=critical,CA:FALSE")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-keyout", "/dev/null")
+    subprocess.run(["openssl", "req", "-x509", *key, *subject, "-out", leaf], check=True, capture_output=True)
+    authority.write_bytes(authority.read_bytes() + leaf.read_bytes())
+    assert read_ca(authority)[1] == ""
 
 
 def test_what_is_no_ca(tmp_path: Path) -> None:

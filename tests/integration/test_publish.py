@@ -86,18 +86,8 @@ def test_events_do_not_go_to_what_is_published(pair: Pair, tmp_path: Path) -> No
     (tmp_path / "www").mkdir()
     for name in (pair.name, "node.squashfs.manifest"):
         events = tmp_path / "www" / name
-        argv = [
-            sys.executable,
-            "-m",
-            "anchor_build",
-            "--events",
-            events,
-            "publish",
-            pair.image,
-            "--to",
-            tmp_path / "www",
-        ]
-        argv += ["--manifest-key", pair.public]
+        options = ["--to", str(tmp_path / "www"), "--manifest-key", str(pair.public)]
+        argv = [sys.executable, "-m", "anchor_build", "--events", str(events), "publish", str(pair.image), *options]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
         assert (done.returncode, f"--events: {events} is what this command makes" in done.stderr) == (2, True), (
             done.stderr

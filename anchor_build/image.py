@@ -32,6 +32,7 @@ from anchor_build.files import (
 )
 from anchor_build.manifest import RELEASE, SUFFIX, Manifest, manifest_text, read_manifest
 from anchor_build.oci import Access, missing_programs
+from anchor_build.root import Root
 from anchor_build.run import run, which
 from anchor_build.signing import SigningKey, open_key, sign_text, trust_warnings
 from anchor_build.version import source_date_epoch
@@ -370,7 +371,9 @@ def _pack(
         f"lib/modules/{printable(name)}: is not the name of a kernel release, so the manifest does not have it"
         for name in contents.strange_kernels
     ]
-    if not any(os.path.lexists(tree / name) for name in INITS):
+    root = Root(tree.resolve())
+    inits = (root.find(name, follow_last=False) for name in INITS)
+    if not any(place is not None and os.path.lexists(place) for place in inits):
         warnings.append(
             "the image holds no init such as /sbin/init: a node that boots it needs init= on its command line"
         )

@@ -184,8 +184,14 @@ def test_a_root_that_nothing_can_start_in_is_told(tree: Path, tmp_path: Path) ->
     """The directory above the root, say, or a container image: most hold no init."""
     image = tmp_path / "node.squashfs"
     assert "warning: the image holds no init such as /sbin/init: " in run(tree, "-o", image).stderr
+    # Where this leads on the host is no matter.
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host/init").touch()
+    (tree / "sbin").symlink_to(tmp_path / "host")
+    assert "the image holds no init" in run(tree, "-o", image).stderr
+    (tree / "sbin").unlink()
     (tree / "usr/sbin").mkdir()
-    (tree / "sbin").symlink_to("usr/sbin")
+    (tree / "sbin").symlink_to("/usr/sbin")
     (tree / "usr/sbin/init").symlink_to("/lib/somewhere/else")
     done = run(tree, "-o", image)
     assert (done.returncode, "no init" in done.stderr) == (0, False), done.stderr

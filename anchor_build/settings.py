@@ -14,7 +14,7 @@ from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import read_bounded
 from anchor_build.plan import Plan
 from anchor_build.root import HOST, Root
-from anchor_build.stage import Param
+from anchor_build.stage import PREFIX, Param
 
 SYSTEM_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 CERTIFICATE = re.compile(rb"-----BEGIN (?:TRUSTED )?CERTIFICATE-----([^-]*)")
@@ -129,12 +129,20 @@ def _read_value(text: str) -> str:
 
 
 def unknown_parameter(name: str, plan: Plan) -> str:
-    """Say that a plan has no such parameter, and which one is meant: the nearest of all stages that there are."""
+    """Say that a plan has no such parameter, and which one is meant: the nearest of its own, else of all stages."""
     import difflib
 
     owners = {known: stage for stage in (*plan.known, *plan.all) for param in stage.params for known in param.names}
     text = "is not a parameter of these stages"
-    near = [name] if name in owners else difflib.get_close_matches(name, owners, n=1, cutoff=0.7)
+
+    def nearest(names: Iterable[str], cutoff: float) -> list[str]:
+        # What all begin with makes none of them nearer.
+        ends = {known.removeprefix(PREFIX): known for known in names}
+        return [ends[end] for end in difflib.get_close_matches(name.removeprefix(PREFIX), ends, n=1, cutoff=cutoff)]
+
+    own = [known for known, stage in owners.items() if stage in plan.all]
+    # One of a stage that nobody asked for has to look the same but for a slip.
+    near = [name] if name in owners else nearest(own, 0.7) or nearest(owners, 0.85)
     if not near:
         return text
     owner = owners[near[0]]

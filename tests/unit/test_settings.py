@@ -113,6 +113,13 @@ def test_a_parameter_of_a_stage_that_is_not_in_the_build() -> None:
     ]
 
 
+def test_a_parameter_of_a_stage_that_is_not_here_is_meant_only_where_it_looks_the_same() -> None:
+    registry = load_registry([SITE_STAGES])
+    one = make_plan(registry, auth=["none"], image=["squashfs"])
+    assert problems(one, "rd.anchor.file.x=1") == ["--set rd.anchor.file.x: is not a parameter of these stages"]
+    assert "did you mean rd.anchor.nfs.files?" in problems(one, "rd.anchor.nfs.file=1")[0]
+
+
 def test_what_has_no_end_does_not_fill_the_memory(plan: Plan) -> None:
     assert problems(plan, f"{KEY}=@/dev/zero") == [f"--set {KEY}: /dev/zero: has more than 16 MiB"]
     with pytest.raises(AnchorError, match="--ca /dev/zero: cannot be read: has more than 16 MiB"):

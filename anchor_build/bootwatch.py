@@ -33,6 +33,7 @@ Outcome = Literal["reached", "failed", "panic", "emergency", "ended", "timeout",
 
 POLL_S = 0.05
 SETTLE_S = 1.0  # how long a dying node may go on explaining itself
+AT_ONCE_S = 5.0
 CHUNK = 1 << 20  # bytes
 FLOOD_BYTES = 64 << 20
 CONSOLE_LINE = 4096  # bytes
@@ -246,7 +247,8 @@ def _explain_end(seen: _Observation, status: int, machine_log: Path) -> tuple[st
     said = printable(machine_log.read_text("utf-8", "replace").strip().rpartition("\n")[2], 300)
     if status == 0:
         # A kernel that does not fit into the memory resets the machine without a word.
-        hint = "" if seen.events or seen.tail else "it did so at once: is --memory enough for kernel and initramfs?"
+        when = "at once" if time.monotonic() - seen.started < AT_ONCE_S else "without a word"
+        hint = "" if seen.events or seen.tail else f"it did so {when}: is --memory enough for kernel and initramfs?"
         return "the node powered off or rebooted before it reported success", hint
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"QEMU {how}" + (f": {said}" if said else ""), _hint(said)

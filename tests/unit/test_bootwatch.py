@@ -153,6 +153,12 @@ def test_a_machine_that_ends_early(look: Look, status: int, said: str, reason: s
     assert look(BOOT, status=status, said=said).hint == ("" if status == 0 else result.hint)
 
 
+def test_only_what_ended_at_once_is_said_to(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, words in ((600.0, "it did so at once: "), (0.0, "it did so without a word: ")):
+        monkeypatch.setattr(bootwatch, "AT_ONCE_S", limit)
+        assert look("", status=0).hint == f"{words}is --memory enough for kernel and initramfs?"
+
+
 def test_success_counts_although_the_machine_has_ended(look: Look) -> None:
     assert look(READY, status=0).ok
 

@@ -77,7 +77,7 @@ def complete_stage(
 
 
 def complete_or_path(
-    words: Callable[[], Iterable[str]],
+    words: Callable[[click.Context], Iterable[str]],
 ) -> Callable[[click.Context, click.Parameter, str], list[click.shell_completion.CompletionItem]]:
     """Return a shell completion over words, and over files where none of them fits."""
 
@@ -86,7 +86,7 @@ def complete_or_path(
     ) -> list[click.shell_completion.CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        found = [CompletionItem(word) for word in words() if word.startswith(incomplete)]
+        found = [CompletionItem(word) for word in words(ctx) if word.startswith(incomplete)]
         return found or [CompletionItem(incomplete, type="file")]
 
     return complete

@@ -26,13 +26,15 @@ DRIVERS_HELP = (
 )
 
 
-def _releases() -> list[str]:
+def _releases(ctx: click.Context) -> list[str]:
     from anchor_build.kernel import installed_releases
 
+    if ctx.params.get("sysroot") or ctx.params.get("container"):
+        return []  # the kernels there are others
     return installed_releases()
 
 
-def _driver_sets() -> list[str]:
+def _driver_sets(_: click.Context) -> list[str]:
     from anchor_build.drivers import SUMMARIES
 
     return list(SUMMARIES)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 
 from anchor_build import kernel
+from anchor_build.cli import cli
 from anchor_build.errors import AnchorError
 from anchor_build.kernel import Kernel, check_place, find_kernel, installed_releases, release_of, version_key
 from anchor_build.root import Root
@@ -72,6 +74,15 @@ def test_the_newest_kernel_of_this_host(tree: Path) -> None:
     (tree / "9.9.9-without-modules").mkdir()
     assert installed_releases() == ["4.18.0-957.el8.x86_64", "4.18.0-1062.el8.x86_64"]
     assert find_kernel(None).release == "4.18.0-1062.el8.x86_64"
+
+
+@pytest.mark.parametrize(
+    ("options", "offered"), [([], ["6.1"]), (["--sysroot", "/x"], [""]), (["--container", "x"], [""])]
+)
+def test_shells_complete_the_kernels_of_this_host_only(tree: Path, options: list[str], offered: list[str]) -> None:
+    modules(tree, "6.1")
+    completion = ShellComplete(cli, {}, "anchor-build", "_X")
+    assert [item.value for item in completion.get_completions(["initramfs", *options, "--kernel"], "")] == offered
 
 
 def test_a_host_without_a_kernel() -> None:

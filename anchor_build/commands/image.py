@@ -128,7 +128,8 @@ def command(
     if sign_pass_file is not None and not sign_key:
         raise click.UsageError("--sign-pass-file belongs to --sign-key.")
     seconds = valid_seconds(valid_for)
-    schemes = [scheme for stage in load_registry(stage_dir).of_kind("transport") for scheme in stage.schemes]
+    transports = load_registry(stage_dir).of_kind("transport") if urls or peers else ()
+    schemes = [scheme for stage in transports for scheme in stage.schemes]
     for option, given in (("--url", urls), ("--peer", peers)):
         for url in given:
             try:

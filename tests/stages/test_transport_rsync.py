@@ -290,7 +290,7 @@ def test_a_server_that_never_stops_talking_is_not_listened_to(dash: Node, code: 
             yield said
 
     with hostile_daemon(frames) as port:
-        done = dash.fetch(f"rsync://127.0.0.1:{port}/images/x", DIGEST, attempts=1, timeout=30 if code == ERROR else 3)
+        done = dash.fetch(f"rsync://127.0.0.1:{port}/images/x", DIGEST, attempts=1, timeout=30 if code == ERROR else 8)
     # rsync ends where it cannot write an error; information that nobody takes it goes on to throw away.
     why = "the transfer from 127.0.0.1 broke" if code == ERROR else "the time for this download is up"
     assert dash.failed(done, why, attempts=1)

@@ -174,7 +174,7 @@ def pe(machine: int) -> bytes:
         (b"070701", False),
         (b"\x28\xb5\x2f\xfd", False),
     ],
-    ids=repr,
+    ids=["elf", "elf32", "arm64 elf", "pe", "arm64 pe", "arm64 Image", "dos", "squashfs", "cpio", "zstd"],
 )
 def test_which_images_go_with_a_modules_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, taken: bool

@@ -155,6 +155,8 @@ class Root:
 
     def follow(self, path: Path) -> Path:
         """Return where what is at `path` on the host, below its directory, leads: its links are this system's."""
+        if self.is_host:
+            return path
         return self.at(self.inside(path)) if path.is_relative_to(self.directory) else NOWHERE
 
     def find_program(self, name: str) -> Path | None:

@@ -306,7 +306,10 @@ def test_what_a_kernel_unpacks(
     assert Kernel(release, directory).unpacks(compression) is expected
 
 
-def test_the_configuration_beside_the_image_counts(tmp_path: Path) -> None:
+def test_the_configuration_beside_the_image_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = kernel_image(tmp_path / "vmlinuz")
     (tmp_path / f"config-{RELEASE}").write_text("CONFIG_RD_ZSTD=n\n", encoding="utf-8")
-    assert not Kernel(RELEASE, modules(tmp_path, RELEASE), image).unpacks("zstd")
+    monkeypatch.chdir(tmp_path)
+    directory = modules(tmp_path, RELEASE)
+    for path in (image, Path("vmlinuz")):
+        assert not Kernel(RELEASE, directory, path).unpacks("zstd")

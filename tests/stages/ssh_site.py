@@ -175,6 +175,11 @@ class Node:
         if self.child.poll() is None:
             subprocess.run(self.site.enter("sh", "-c", "kill -TERM -1"), check=False)
             self.child.wait(10)
+            # timeout passes the signal on, and ends after its child.
+            end = time.monotonic() + 10
+            while left := self.site.processes("dropbear", "timeout"):
+                assert time.monotonic() < end, left
+                time.sleep(0.02)
 
     def log(self) -> str:
         """Return what the console shows."""

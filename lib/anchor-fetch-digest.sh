@@ -79,10 +79,10 @@ anchor_fetch__unfollow() {
 # the end is seen at once. A cat that took its time had much to copy: then the next look comes soon, so that little is
 # left to do at the end; else, or where a cat takes long because the node is slow, looking would cost more than it gains.
 anchor_fetch__feed() {
-    local pid rest said=0 had=0 at nap=05
+    local rest said=0 had=0 at nap=05
     trap : TERM
-    read -r pid rest </proc/self/stat
-    printf '%s\n' "$pid" >&3
+    anchor_pid
+    printf '%s\n' "$anchor_pid" >&3
     at=$start
     said=$start
     until [ -e "$work/end" ]; do

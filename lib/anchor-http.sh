@@ -125,7 +125,8 @@ anchor_http__curl() {
             (
                 trap '' XFSZ
                 ulimit -f $(((max + 511) / 512)) 2>/dev/null
-                anchor_http__pid >"$state/pid"
+                anchor_pid
+                anchor_keep "$state/pid" "$anchor_pid"
                 anchor_http__exec "$@" 2>"$state/error"
             )
             printf ' %s' "$?"
@@ -146,14 +147,6 @@ anchor_http__curl() {
         printf 'more than %s bytes of headers\n' "$ANCHOR_HTTP_HEADERS" >"$state/error"
     fi
     return "$status"
-}
-
-# usage: anchor_http__pid
-# Prints the number of the process that runs this: $$ is that of the whole script.
-anchor_http__pid() {
-    local pid rest
-    read -r pid rest </proc/self/stat
-    printf '%s\n' "$pid"
 }
 
 # usage: anchor_http__heed DIR <PIPE

@@ -150,6 +150,19 @@ anchor_param_one_of() {
     [ -n "$given${anchor_manifest:-}" ] || anchor_param_bad "$first" "$missing"
 }
 
+# usage: anchor_param_pinned NAME WHY REFERENCE
+# Reports NAME, with WHY, unless REFERENCE ends in a digest.
+anchor_param_pinned() {
+    local digest="${3#*@sha256:}"
+    if [ "$digest" != "$3" ]; then
+        case ${#digest}:$digest in
+            64:*[!0123456789abcdef]*) ;;
+            64:*) return 0 ;;
+        esac
+    fi
+    anchor_param_bad "$1" "$2"
+}
+
 # usage: anchor_param_sources NAME URLS DIGEST DIGEST_NAME
 # The same for each URL of a comma list.
 anchor_param_sources() {

@@ -122,10 +122,10 @@ anchor_registry__refused() {
 # Gets what anchor_registry__challenge asks for, and keeps it for all further requests to this registry. Statuses of a
 # transport.
 anchor_registry__login() {
-    local pid rest answer
-    # Several downloads may ask at once, each in a process of its own: $$ is the same in all.
-    read -r pid rest </proc/self/stat
-    answer="$anchor_oci_dir/token.$pid.$anchor_registry__number"
+    local answer
+    # Several downloads may ask at once, each in a process of its own.
+    anchor_pid
+    answer="$anchor_oci_dir/token.$anchor_pid.$anchor_registry__number"
     anchor_registry__credentials || return 1
     case $anchor_registry__challenge in
         [Bb][Ee]*) anchor_registry__token "$1" "$answer" || return ;;

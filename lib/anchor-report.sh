@@ -22,6 +22,13 @@ anchor_uptime_ms() {
     anchor_uptime_ms=${anchor_uptime_ms:-0}
 }
 
+# usage: anchor_pid
+# Sets anchor_pid to the number of the process that runs this: $$ is the same in all subshells of a script.
+anchor_pid() {
+    local rest
+    read -r anchor_pid rest </proc/self/stat
+}
+
 # usage: anchor_untraced FUNCTION [ARGUMENT...]
 # Calls it, and nothing of it is traced: rd.debug has the shell show every command with its values, and some are secret.
 anchor_untraced() {

@@ -229,8 +229,9 @@ anchor_oci__layers() {
 # usage: anchor_oci__work DIR
 # One worker: takes the next layer that no other has taken, until there is none or one has failed.
 anchor_oci__work() {
-    local n digest size type pid rest
-    read -r pid rest </proc/self/stat
+    local n digest size type pid
+    anchor_pid
+    pid=$anchor_pid
     : >"$anchor_oci_dir/worker.$pid"
     while read -r n digest size type; do
         [ ! -e "$anchor_oci_dir/failed" ] || return 1

@@ -49,6 +49,7 @@ CORE_WORDS = frozenset(
         "overlay",
         "param",
         "params",
+        "pid",
         "post",
         "printable",
         "ready",

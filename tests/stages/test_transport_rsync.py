@@ -201,7 +201,8 @@ def test_a_broken_transfer_goes_on_where_it_stopped(node: Node, site: Site, tmp_
     url = site.ssh_url() if node.shell.name == "dash" else site.url()
     done = node.fetch(url, DIGEST, env=env)
     assert node.got(done)
-    assert node.attempts() == 2
+    # On a busy machine, the daemon's answer may come too late once.
+    assert node.attempts() in {2, 3}
     assert 100_000 < int((tmp_path / "bin/offset").read_text()) < len(DATA)
 
 

@@ -73,11 +73,12 @@ class Site:
         return ["nsenter", "--target", str(self.pid), "--mount", "--net", "--pid", "--", *map(str, argv)]
 
     def processes(self, *names: str) -> list[str]:
-        """Return those of the named programs that run in the site."""
-        listing = subprocess.check_output(self.enter("ps", "-eo", "stat=,comm="), text=True).splitlines()
-        words = [line.split() for line in listing]
+        """Return those of the named programs that run in the site; without names, all that were started in it."""
+        listing = subprocess.check_output(self.enter("ps", "-eo", "pid=,stat=,comm="), text=True).splitlines()
         # The site's first process is no init: ended orphans stay as zombies (Z).
-        return sorted(name for state, name, *_ in words if not state.startswith("Z") and name in names)
+        running = [name for pid, state, name, *_ in map(str.split, listing) if pid != "1" and state[0] != "Z"]
+        running.remove("ps")
+        return sorted(name for name in running if not names or name in names)
 
     @contextmanager
     def listener(self, kind: str) -> Iterator[Listener]:
@@ -175,9 +176,9 @@ class Node:
         if self.child.poll() is None:
             subprocess.run(self.site.enter("sh", "-c", "kill -TERM -1"), check=False)
             self.child.wait(10)
-            # timeout passes the signal on, and ends after its child.
+            # What received files cleans up after itself, and timeout ends after its child.
             end = time.monotonic() + 10
-            while left := self.site.processes("dropbear", "timeout"):
+            while left := self.site.processes():
                 assert time.monotonic() < end, left
                 time.sleep(0.02)
 

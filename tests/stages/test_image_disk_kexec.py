@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,19 @@ anchor_disk__kexec
 """
 
 
+def wait_until_free(device: Path) -> None:
+    """Wait until nothing has the device: on a busy machine, a file system may outlive its umount by a moment."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            assert time.monotonic() < end, f"{device} is still in use"
+            time.sleep(0.02)
+        else:
+            return
+
+
 @dataclass(frozen=True)
 class Installed:
     """A node whose disk is one file system with these files."""
@@ -52,7 +66,9 @@ class Installed:
         for name, target in (links or {}).items():
             (tree / name).symlink_to(target)
         argv = ["mkfs.ext4", "-q", "-F", "-d", str(tree), str(self.node.device)]
-        subprocess.run(argv, check=True, capture_output=True)
+        wait_until_free(self.node.device)
+        done = subprocess.run(argv, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def started(self, refuses: str = "") -> list[str]:
         """Return what kexec was told, files by what is in them."""

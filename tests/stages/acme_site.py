@@ -132,7 +132,7 @@ class Node:
     site: Site
     root: Path
 
-    def script(self, text: str, shell: str = "dash", ca: Path | None = None, timeout: float = 40) -> Result:
+    def script(self, text: str, shell: str = "dash", ca: Path | None = None, timeout: float = 90) -> Result:
         """Run shell text with the stage loaded; `ca` is what the node trusts."""
         bundle = next(path for path in BUNDLES if path.exists())
         given = {

@@ -170,9 +170,10 @@ def test_server_that_comes_back(node: Node) -> None:
     port = servers.free_port()
     url = node.site.urls["plain"]
     behind = url.split("/")[2]
-    forward = f"timeout 15 socat TCP-LISTEN:{port},fork,reuseaddr TCP:{behind}"
+    forward = f"timeout 90 socat TCP-LISTEN:{port},fork,reuseaddr TCP:{behind}"
     late = f"(sleep 0.5; exec {forward}) >/dev/null 2>&1 &\nlate=$!"
-    result = node.run(server=url.replace(behind, f"127.0.0.1:{port}"), before=late + "\ntrap 'kill $late' EXIT")
+    server = url.replace(behind, f"127.0.0.1:{port}")
+    result = node.run(server=server, timeout="60", before=late + "\ntrap 'kill $late' EXIT")
     time.sleep(0.2)
     _check_credentials(node, result)
     assert "trying again" in result.log
@@ -230,7 +231,7 @@ def test_server_that_is_busy(node: Node, path: str, most: int, word: str) -> Non
 
 def test_challenge_that_the_server_cannot_reach(node: Node) -> None:
     for challenge, port in (("http-01", "80"), ("tls-alpn-01", "443")):
-        result = node.run(server=node.site.urls["blocked"], challenge=challenge, timeout="15")
+        result = node.run(server=node.site.urls["blocked"], challenge=challenge, timeout="60")
         _check_refused(node, result, f"the {challenge} challenge failed", f"{NAME}:{port}")
 
 

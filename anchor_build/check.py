@@ -201,7 +201,7 @@ def _check_manifest(state: _Check, manifest: str, *, signed: bool) -> None:
     for stage in state.plan.of_kind("image"):
         sources = [param for param in stage.params if param.source]
         keys = {param.key for param in sources}
-        keys |= {p.key for p in stage.params if p.name in {param.digest for param in sources}}
+        keys |= {digest.key for param in sources for digest in stage.digests_of(param)}
         keys |= {param.key for param in stage.places}
         state.errors += [f"{key}: {BESIDE_MANIFEST}" for key in sorted(keys) if state.values[key]]
 
@@ -227,11 +227,13 @@ def _was_wrong(state: _Check, param: Param) -> bool:
 def _check_source(state: _Check, stage: Stage, param: Param, url: str) -> None:
     scheme = url.partition("://")[0]
     transport = state.plan.transport_for(scheme)
-    digest = next((p for p in stage.params if p.name == param.digest), None)
+    digests = stage.digests_of(param)
+    is_known = any(state.values[digest.key] for digest in digests)
     if transport is None:
         state.errors.append(f"{param.key}: no transport in this initramfs carries {scheme}://")
-    elif scheme in transport.digest_schemes and not (digest and state.values[digest.key]):
-        remedy = f"add {digest.key}= or use https://" if digest else "use https://"
+    elif scheme in transport.digest_schemes and not is_known:
+        remedy = f"{'add ' if digests else ''}{''.join(f'{digest.key}= or ' for digest in digests)}use https://"
         state.errors.append(f"{param.key}: {scheme}:// is not protected: {remedy}")
-    elif digest and not state.values[digest.key]:
-        state.warnings.append(f"{param.key}: only TLS vouches for what comes from there; {digest.key}= would too")
+    elif digests and not is_known:
+        named = " or ".join(f"{digest.key}=" for digest in digests)
+        state.warnings.append(f"{param.key}: only TLS vouches for what comes from there; {named} would too")

@@ -221,9 +221,7 @@ def _type_arguments(param: Param) -> str:
 
 
 def _digest_arguments(param: Param) -> str:
-    """Return the digest's value and key for anchor_param_source."""
-    if param.digest is None:
-        return '"" ""'
+    """Return value and key of each digest for anchor_param_source, with a leading space if there is any."""
     prefix, _, _ = param.variable.rpartition(shell_word(param.name))
-    key = param.key.removesuffix(param.name) + param.digest
-    return f'"${prefix}{shell_word(param.digest)}" {key}'
+    before = param.key.removesuffix(param.name)
+    return "".join(f' "${prefix}{shell_word(digest)}" {before}{digest}' for digest in param.digest)

@@ -57,7 +57,8 @@ def shell_word(name: str) -> str:
 class Param:
     """One typed kernel command-line option; `default` is already normalised, None when there is none.
 
-    With one of `digest_schemes` the reference that it holds needs a digest, which may be in the parameter `digest_in`.
+    What comes from a `source` is trusted whatever carries it if one of the parameters `digest` is given. With one of
+    `digest_schemes` the reference that it holds needs a digest, which may be in the parameter `digest_in`.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Param:
     alias: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     source: bool = False
-    digest: str | None = None
+    digest: tuple[str, ...] = ()
     digest_schemes: tuple[str, ...] = ()
     digest_in: str | None = None
 
@@ -194,6 +195,11 @@ class Stage:
         params = {param.name: param for param in self.params}
         return tuple(params[name] for name in self.one_of)
 
+    def digests_of(self, param: Param) -> tuple[Param, ...]:
+        """Return the parameters any of which makes trusted what comes from where `param` says."""
+        params = {other.name: other for other in self.params}
+        return tuple(params[name] for name in param.digest)
+
     @property
     def fetches(self) -> bool:
         """Whether a transport must be beside it: one of its parameters is a URL that the node fetches."""
@@ -260,6 +266,12 @@ class _Table:
         if len(set(value)) != len(value):
             self.problem(key, "names something twice")
         return tuple(value)
+
+    def text_or_texts(self, key: str, pattern: re.Pattern[str]) -> tuple[str, ...]:
+        if not isinstance(self.data.get(key), str):
+            return self.texts(key, pattern)
+        text = self.text(key, pattern)
+        return (text,) if text else ()
 
     def flag(self, key: str) -> bool:
         value = self.data.pop(key, False)
@@ -428,7 +440,7 @@ def _read_param(table: _Table, kind: str, stage_name: str) -> Param:
         alias=table.texts("alias", ALIAS),
         options=options,
         source=table.flag("source"),
-        digest=table.text("digest", PARAM_NAME) or None,
+        digest=table.text_or_texts("digest", PARAM_NAME),
         digest_schemes=table.texts("digest_schemes", SCHEME),
         digest_in=table.text("digest_in", PARAM_NAME) or None,
     )
@@ -468,9 +480,9 @@ def _check_param_names(stage: Stage, top: _Table) -> None:
             if spelling in seen:
                 top.problems.append(f"{top.file}: param[{n}]: {spelling} is declared twice")
             seen.add(spelling)
-        target = names.get(param.digest or "")
-        if param.digest and (target is None or target.type != "sha256"):
-            top.problems.append(f"{top.file}: param[{n}].digest: {param.digest!r} names no parameter of type sha256")
+        for name in param.digest:
+            if name not in names or names[name].type != "sha256":
+                top.problems.append(f"{top.file}: param[{n}].digest: {name!r} names no parameter of type sha256")
         if param.digest_in and param.digest_in not in names:
             top.problems.append(f"{top.file}: param[{n}].digest_in: {param.digest_in!r} names no parameter")
 

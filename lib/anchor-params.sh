@@ -65,7 +65,7 @@ anchor_params_image() {
     fi
     # A signature protects the manifest as a digest would.
     ! anchor_params_signed || digest=signed
-    anchor_param_list anchor_param_url rd.anchor.manifest "$anchor_manifest" "$digest" ''
+    anchor_param_list anchor_param_url rd.anchor.manifest "$anchor_manifest" ${digest:+"$digest" ''}
     for stage in $anchor_stages; do
         case $stage in
             image_*) "anchor_${stage}_sources" ;;
@@ -112,14 +112,19 @@ anchor_param_private() {
     }
 }
 
-# usage: anchor_param_source NAME URL DIGEST DIGEST_NAME; the last two are empty for a stage without a digest
+# usage: anchor_param_source NAME URL [DIGEST DIGEST_NAME]...
 # Reports a URL that this initramfs cannot fetch from, or anything at all beside a manifest.
 anchor_param_source() {
     if [ -z "${anchor_manifest:-}" ]; then
         anchor_param_url "$@"
-    elif anchor_param_beside "$1" "$2"; then
-        anchor_param_beside "$4" "$3" || :
+        return
     fi
+    anchor_param_beside "$1" "$2" || return 0
+    shift 2
+    while [ $# -gt 0 ]; do
+        anchor_param_beside "$2" "$1" || :
+        shift 2
+    done
 }
 
 # usage: anchor_param_beside NAME VALUE
@@ -163,33 +168,42 @@ anchor_param_pinned() {
     anchor_param_bad "$1" "$2"
 }
 
-# usage: anchor_param_sources NAME URLS DIGEST DIGEST_NAME
+# usage: anchor_param_sources NAME URLS [DIGEST DIGEST_NAME]...
 # The same for each URL of a comma list.
 anchor_param_sources() {
     anchor_param_list anchor_param_source "$@"
 }
 
-# usage: anchor_param_list FUNCTION NAME URLS DIGEST DIGEST_NAME
+# usage: anchor_param_list FUNCTION NAME URLS [DIGEST DIGEST_NAME]...
 # Calls FUNCTION for each URL of a comma list, which may be empty.
 anchor_param_list() {
     local check="$1" name="$2" rest="$3" first
+    shift 3
     while :; do
         first=${rest%%,*}
-        "$check" "$name" "$first" "$4" "$5"
+        "$check" "$name" "$first" "$@"
         [ "$first" != "$rest" ] || return 0
         rest=${rest#*,}
     done
 }
 
-# usage: anchor_param_url NAME URL DIGEST DIGEST_NAME
-# Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest.
+# usage: anchor_param_url NAME URL [DIGEST DIGEST_NAME]...
+# Reports a URL whose scheme no transport in this initramfs carries, or carries only with a digest and none is given.
 anchor_param_url() {
+    local name="$1" scheme="${2%%://*}" remedy=''
     [ -n "$2" ] || return 0
-    if ! anchor_stage_for_scheme "${2%%://*}"; then
-        anchor_param_bad "$1" "no transport in this initramfs carries ${2%%://*}://"
-    elif [ "$anchor_transport_needs_digest" = 1 ] && [ -z "$3" ]; then
-        anchor_param_bad "$1" "${2%%://*}:// is not protected: ${4:+add $4= or }use https://"
+    if ! anchor_stage_for_scheme "$scheme"; then
+        anchor_param_bad "$name" "no transport in this initramfs carries $scheme://"
+        return
     fi
+    [ "$anchor_transport_needs_digest" = 1 ] || return 0
+    shift 2
+    while [ $# -gt 0 ]; do
+        [ -z "$1" ] || return 0
+        remedy="${remedy:-add }$2= or "
+        shift 2
+    done
+    anchor_param_bad "$name" "$scheme:// is not protected: ${remedy}use https://"
 }
 
 # usage: anchor_stage_for_scheme SCHEME

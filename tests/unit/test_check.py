@@ -97,7 +97,17 @@ def test_a_stage_that_is_not_in_the_plan_has_no_parameters() -> None:
 
 def test_what_to_add_to_a_plain_url(plan: Plan) -> None:
     (error,) = check_command_line(plan, GOOD.replace("https", "http").replace(TRUSTED, "")).errors
-    assert error == ("rd.anchor.squashfs.url: http:// is not protected: add rd.anchor.squashfs.sha256= or use https://")
+    remedy = "add rd.anchor.squashfs.sha256= or rd.anchor.squashfs.verity= or use https://"
+    assert error == f"rd.anchor.squashfs.url: http:// is not protected: {remedy}"
+    (warning,) = check_command_line(plan, GOOD.replace(TRUSTED, "")).warnings
+    assert warning.endswith("rd.anchor.squashfs.sha256= or rd.anchor.squashfs.verity= would too")
+
+
+@pytest.mark.parametrize("url", ["http://store/i", "nfs://store/i", "https://store/i", "file:///i"])
+def test_a_root_hash_makes_any_url_trusted(plan: Plan, url: str) -> None:
+    root_hash = TRUSTED.replace("sha256", "verity")
+    result = check_command_line(plan, f"root=anchor acme_server=ca.example squashfs_server={url} {root_hash}")
+    assert (result.errors, result.warnings) == ((), ())
 
 
 @pytest.mark.parametrize("word", OLDER_CHOICES)

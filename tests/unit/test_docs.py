@@ -277,7 +277,7 @@ def test_example_package_brings_the_stage(example: Path, monkeypatch: pytest.Mon
 def test_stage_keys_are_documented() -> None:
     """Every key that the loader takes stands in a table of doc/stages.md."""
     source = (TOP / "anchor_build" / "stage.py").read_text(encoding="utf-8")
-    keys = set(re.findall(r'(?:header|table)\.(?:text|texts|number|flag|tables)\("(\w+)"', source))
+    keys = set(re.findall(r'(?:header|table)\.(?:text|texts|text_or_texts|number|flag|tables)\("(\w+)"', source))
     keys |= set(re.findall(r'\.data\.pop\("(\w+)"', source))
     assert {"kind", "api", "binaries", "default", "digest", "order"} <= keys
     rows = re.findall(r"^\| `.*$", prose(STAGES), re.MULTILINE)

@@ -114,6 +114,7 @@ REFUSED_BODIES = {
     f'{TEXT}required = "yes"': "param[0].required: is not true or false",
     f"{TEXT}source = true": "param[0].source: is for a parameter of type url",
     f'{TEXT}digest = "sum"': "param[0].digest: 'sum' names no parameter of type sha256",
+    f"{TEXT}digest = 5": "param[0].digest: is not a list of texts",
     f'{TEXT}digest_schemes = ["http"]': "param[0].digest_schemes: is for a parameter of type url",
     f'{TEXT}digest_in = "p"': "param[0].digest_in: makes no sense without digest_schemes",
     f'{PARAM}type = "url"\ndigest_schemes = ["http"]\ndigest_in = "q"': "param[0].digest_in: 'q' names no parameter",

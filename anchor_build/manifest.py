@@ -35,10 +35,13 @@ SINGLE: dict[str, tuple[str, dict[str, object]]] = {
     "unpacked": ("int", {"min": 0}),
     "created": ("int", {"min": 0}),
     "expires": ("int", {"min": 0}),
+    "verity": ("sha256", {}),
 }
 REQUIRED = ("image", "sha256", "size", "created")
 # The stage of images at a registry: there `sha256` and `size` are of the OCI manifest or index, `mirrors` references.
 REGISTRY_STAGE = "oci"
+# The stage of images that may have a hash tree, whose root hash is `verity`.
+VERITY_STAGE = "squashfs"
 DAY_S = 86400
 # No manifest is older than the format.
 EARLIEST_DATE = "2020-01-01"
@@ -47,7 +50,10 @@ EARLIEST = int(datetime.fromisoformat(f"{EARLIEST_DATE}T00:00:00+00:00").timesta
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says: sizes in bytes, times in seconds since the epoch; None where it says nothing."""
+    """What a manifest says: sizes in bytes, times in seconds since the epoch; None where it says nothing.
+
+    `verity` is the root hash of a hash tree in the image, by which nodes read it in place.
+    """
 
     image: str
     sha256: str
@@ -57,6 +63,7 @@ class Manifest:
     file: str = ""
     unpacked: int | None = None
     expires: int | None = None
+    verity: str = ""
     mirrors: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
@@ -72,6 +79,7 @@ def manifest_text(manifest: Manifest) -> str:
         ("file", manifest.file),
         ("sha256", manifest.sha256),
         ("size", manifest.size),
+        ("verity", manifest.verity),
         ("unpacked", manifest.unpacked),
         ("created", manifest.created),
         ("expires", manifest.expires),
@@ -142,6 +150,8 @@ def parse_manifest(data: bytes) -> Manifest:
     for key in REQUIRED:
         if key not in single:
             raise _refuse(f"it has no {key}")
+    if "verity" in single and single["image"] != VERITY_STAGE:
+        raise _refuse(f"verity is only for image {VERITY_STAGE}")
     return Manifest(
         image=single["image"],
         sha256=single["sha256"],
@@ -151,6 +161,7 @@ def parse_manifest(data: bytes) -> Manifest:
         file=single.get("file", ""),
         unpacked=int(single["unpacked"]) if "unpacked" in single else None,
         expires=int(single["expires"]) if "expires" in single else None,
+        verity=single.get("verity", ""),
         mirrors=tuple(many["mirror"]),
         peers=tuple(many["peer"]),
         kernels=tuple(many["kernel"]),

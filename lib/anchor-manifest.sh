@@ -7,6 +7,7 @@
 #   format     0-1   what the image is, for people: squashfs, erofs
 #   sha256     1     digest of the image; with oci, of its manifest or index
 #   size       1     bytes of what has this digest
+#   verity     0-1   root hash of the hash tree in an image of the stage squashfs (dm-verity)
 #   unpacked   0-1   bytes of all files in it
 #   created    1     when the manifest was made, in seconds since the epoch
 #   expires    0-1   when it ends, likewise
@@ -31,6 +32,7 @@ ANCHOR_MANIFEST_SKEW=600
 anchor_manifest_forget() {
     anchor_fetch_limit='' anchor_fetch_signed=''
     anchor_manifest_image='' anchor_manifest_format='' anchor_manifest_sha256='' anchor_manifest_size=''
+    anchor_manifest_verity=''
     anchor_manifest_unpacked='' anchor_manifest_created='' anchor_manifest_expires='' anchor_manifest_file=''
     anchor_manifest_urls='' anchor_manifest_kernels=''
 }
@@ -76,6 +78,7 @@ anchor_manifest_run() {
 #   anchor_manifest_urls      where the image is, with blanks between
 #   anchor_manifest_sha256    its digest
 #   anchor_manifest_size      its size in bytes
+#   anchor_manifest_verity    the root hash of its hash tree, or nothing
 # Status 1, with a report, if this initramfs cannot boot it.
 anchor_manifest_use() {
     anchor_untraced anchor_manifest__use
@@ -259,6 +262,10 @@ anchor_manifest_parse() {
         anchor_manifest__refuse "it has no ${key% }"
         return 1
     done
+    if [ -n "$anchor_manifest_verity" ] && [ "$anchor_manifest_image" != squashfs ]; then
+        anchor_manifest__refuse "verity is only for image squashfs"
+        return 1
+    fi
 }
 
 # usage: anchor_manifest__magic LINE
@@ -280,6 +287,7 @@ anchor_manifest__take() {
         file) anchor_manifest__once "$1" "$anchor_manifest_file" name "$2" && anchor_manifest_file=$anchor_value ;;
         sha256) anchor_manifest__once "$1" "$anchor_manifest_sha256" sha256 "$2" && anchor_manifest_sha256=$anchor_value ;;
         size) anchor_manifest__once "$1" "$anchor_manifest_size" int "$2" 1 && anchor_manifest_size=$anchor_value ;;
+        verity) anchor_manifest__once "$1" "$anchor_manifest_verity" sha256 "$2" && anchor_manifest_verity=$anchor_value ;;
         unpacked) anchor_manifest__once "$1" "$anchor_manifest_unpacked" int "$2" 0 && anchor_manifest_unpacked=$anchor_value ;;
         created) anchor_manifest__once "$1" "$anchor_manifest_created" int "$2" 0 && anchor_manifest_created=$anchor_value ;;
         expires) anchor_manifest__once "$1" "$anchor_manifest_expires" int "$2" 0 && anchor_manifest_expires=$anchor_value ;;

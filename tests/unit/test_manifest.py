@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     file="node-1.erofs",
     unpacked=9,
     expires=1800000000,
+    verity="b" * 64,
     mirrors=("https://a/b", "s3://c/d"),
     peers=("http://e/f",),
     kernels=("6.1.0", "6.2.0"),

@@ -26,6 +26,7 @@ TOOLS = (
 # The distributions of each family of packages, by ID and ID_LIKE of os-release; build.sh has the same.
 FAMILIES = {"deb": {"debian", "ubuntu"}, "rpm": {"fedora", "rhel"}}
 CONTAINERS = (Binary("skopeo", "skopeo", "skopeo"), Binary("umoci", "umoci", "umoci"))
+VERITYSETUP = Binary("veritysetup", "veritysetup", "cryptsetup-bin")
 QEMU = Binary("qemu-system-x86_64", "qemu-system-x86-core", "qemu-system-x86")
 
 
@@ -57,6 +58,7 @@ def examine(plan: Plan) -> list[Finding]:
             for name in ("unshare", "setpriv")
         ),
         *(_program("container images", binary, needed=False) for binary in CONTAINERS),
+        _program("images read in place", VERITYSETUP, needed=False),
         _root(),
         _work_space(),
     ]

@@ -35,6 +35,9 @@ from anchor_build.oci import Access, missing_programs
 from anchor_build.root import Root
 from anchor_build.run import run, which
 from anchor_build.signing import SigningKey, open_key, sign_text, trust_warnings
+from anchor_build.verity import PACKAGES as VERITY_PACKAGES
+from anchor_build.verity import PROGRAM as VERITYSETUP
+from anchor_build.verity import Tree, add_tree, has_tree, read_tree
 from anchor_build.version import source_date_epoch
 
 # What the kernel or systemd mounts something on: the directories belong to an image, what is in them does not.
@@ -74,6 +77,7 @@ class ImageBuild:
     """Everything that decides an image and its manifest. One of `source`, `distribution` and `container` is given.
 
     `valid_for` is in seconds; `urls` end in a slash for a directory that will hold the image under its published name.
+    With `verity` the image gets a hash tree, and the manifest its root hash.
     """
 
     output: Path
@@ -90,6 +94,7 @@ class ImageBuild:
     valid_for: int | None = None
     sign_key: str = ""
     sign_pass_file: Path | None = None
+    verity: bool = False
 
     @property
     def manifest_file(self) -> Path:
@@ -121,14 +126,16 @@ class Contents:
 def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
     """Make the image, its manifest and its report; return the report.
 
-    All three appear whole or not at all, the image first. An image that is there already is only given a new manifest;
-    where it stays in its place it is not touched. Files that are replaced leave owner and mode to the new ones.
+    All three appear whole or not at all, the image first. An image that is there already is only given a new manifest,
+    and with `verity` a hash tree if it has none; otherwise, where it stays in its place, it is not touched. Files that
+    are replaced leave owner and mode to the new ones.
 
     Raises AnchorError for whatever is missing or fails, UsageError for what cannot be an image's source.
     """
     with disk_errors(), disk_hints(), ExitStack() as stack:
         kind = _source_kind(build)
-        _check_host(build, kind)
+        needs_tree = build.verity and not (kind == "image" and build.source is not None and has_tree(build.source))
+        _check_host(build, kind, needs_tree=needs_tree)
         in_place = kind == "image" and build.source is not None and build.output.resolve() == build.source.resolve()
         _check_inputs(build, in_place=in_place)
         epoch = source_date_epoch()
@@ -137,18 +144,20 @@ def build_image(build: ImageBuild, step: Step) -> dict[str, Any]:
         work = stack.enter_context(work_directory())
         facts: dict[str, Any] = {"source": kind, "warnings": []}
         finished: list[tuple[Path, Path]] = []
-        if in_place and build.source:
+        if in_place and build.source and not needs_tree:
             image = build.source
         else:
             image = stack.enter_context(beside(build.output))
             finished.append((image, build.output))
         if kind == "image":
-            facts |= _take_over(build.source or build.output, image, step)
+            facts |= _take_over(build, build.source or build.output, image, step)
         else:
             # A distribution is made of files of today.
             epoch = int(time.time()) if epoch is None and kind == "distribution" else epoch
             tree, more = stack.enter_context(_tree(build, kind, work, step, epoch))
             facts |= more | _pack(build, tree, image, work, step, epoch, kind)
+        if needs_tree:
+            facts |= _tree_facts(add_tree(image, build.output.name, step))
         with step("take the digest"):
             sha256 = file_digest(image)
         manifest = _manifest(build, facts, sha256, image.stat().st_size)
@@ -216,8 +225,10 @@ def image_format(path: Path) -> str:
     return ""
 
 
-def _check_host(build: ImageBuild, kind: str) -> None:
+def _check_host(build: ImageBuild, kind: str, *, needs_tree: bool) -> None:
     problems = output_problems(build.output, build.manifest_file, build.report_file)
+    if needs_tree and which(VERITYSETUP) is None:
+        problems.append(f"{VERITYSETUP} is missing: install {VERITY_PACKAGES}")
     if kind != "image":
         program, packages, _ = FORMATS[build.format]
         if which(program) is None:
@@ -434,22 +445,54 @@ def _progress(log: Path, output: Path) -> str:
         return ""
 
 
-def _take_over(source: Path, image: Path, step: Step) -> dict[str, Any]:
-    """Copy an image that is there already, unless it stays; what its manifest says of its contents still holds."""
+def _take_over(build: ImageBuild, source: Path, image: Path, step: Step) -> dict[str, Any]:
+    """Copy an image that is there already, unless it stays; what its manifest says of its contents still holds.
+
+    A hash tree that it has stays, and its root hash is named if the old manifest named one, or with `build.verity`.
+    """
     if image != source:
         with step(f"copy {source.name}, {source.stat().st_size / 1e6:.0f} MB"):
             shutil.copyfile(source, image)
-    old_file = source.with_name(source.name + SUFFIX)
-    facts: dict[str, Any] = {"format": image_format(source)}
-    if not old_file.is_file():
+    facts: dict[str, Any] = {"format": image_format(source), "warnings": []}
+    old = _old_manifest(source, facts["warnings"])
+    if old is not None:
+        facts |= {name: getattr(old, name) for name in ("unpacked", "kernels", "mirrors", "peers", "notes")}
+    if not has_tree(source):
+        if old is not None and old.verity and not build.verity:
+            raise AnchorError(
+                f"{source}: its manifest names a root hash, and it has no hash tree", "make one: add --verity"
+            )
+        if old is not None and build.verity:
+            # With a tree it is published under another name.
+            facts |= {"mirrors": _without(old.mirrors, old.file), "peers": _without(old.peers, old.file)}
         return facts
+    if build.verity or (old is not None and old.verity):
+        return facts | _tree_facts(read_tree(source, step))
+    facts["warnings"].append(
+        f"{source.name} has a hash tree and the manifest does not name its root hash, so that nodes copy the image: to"
+        " have it read in place, add --verity"
+    )
+    return facts
+
+
+def _old_manifest(source: Path, warnings: list[str]) -> Manifest | None:
+    """Return the manifest beside an image; None, with a warning where one is lost, if there is none that is its own."""
+    file = source.with_name(source.name + SUFFIX)
+    if not file.is_file():
+        return None
     try:
-        old, _ = read_manifest(old_file)
+        old, _ = read_manifest(file)
     except AnchorError as error:
-        return facts | {"warnings": [f"{error.message}; kernels and places that it named are lost"]}
+        warnings.append(f"{error.message}; kernels and places that it named are lost")
+        return None
     if (old.size, old.sha256) != (source.stat().st_size, file_digest(source)):
-        return facts | {"warnings": [f"{old_file}: was the manifest of another image; nothing is taken from it"]}
-    return facts | {name: getattr(old, name) for name in ("unpacked", "kernels", "mirrors", "peers", "notes")}
+        warnings.append(f"{file}: was the manifest of another image; nothing is taken from it")
+        return None
+    return old
+
+
+def _tree_facts(tree: Tree) -> dict[str, Any]:
+    return {"verity": tree.root_hash, "data_bytes": tree.data_bytes, "tree_bytes": tree.tree_bytes}
 
 
 def published_name(output: Path, sha256: str) -> str:
@@ -471,15 +514,21 @@ def _manifest(build: ImageBuild, facts: Mapping[str, Any], sha256: str, size: in
         unpacked=facts.get("unpacked"),
         created=now,
         expires=now + build.valid_for if build.valid_for is not None else None,
+        verity=facts.get("verity", ""),
         kernels=tuple(facts.get("kernels", ())),
-        mirrors=_places(build.urls, name) or tuple(facts.get("mirrors", ())),
-        peers=_places(build.peers, name) or tuple(facts.get("peers", ())),
+        mirrors=_places(build.urls or facts.get("mirrors", ()), name),
+        peers=_places(build.peers or facts.get("peers", ()), name),
         notes=tuple(facts.get("notes", ())),
     )
 
 
 def _places(urls: Sequence[str], name: str) -> tuple[str, ...]:
     return tuple(f"{url}{name}" if url.endswith("/") else url for url in urls)
+
+
+def _without(urls: Sequence[str], name: str) -> tuple[str, ...]:
+    """Return the directories of URLs that end in a published name; others as they are."""
+    return tuple(url.removesuffix(name) if url.endswith(f"/{name}") else url for url in urls)
 
 
 def _report(build: ImageBuild, facts: Mapping[str, Any], manifest: Manifest, key: SigningKey | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from urllib.parse import quote, urlsplit
 from anchor_build.console import Step
 from anchor_build.errors import AnchorError, UsageError
 from anchor_build.files import beside, disk_errors, file_digest, put_in_place
+from anchor_build.image import image_format
 from anchor_build.manifest import (
     MAX_BYTES,
     REGISTRY_STAGE,
@@ -37,6 +38,7 @@ from anchor_build.manifest import (
 )
 from anchor_build.run import run
 from anchor_build.signing import PublicKey, verify_signature
+from anchor_build.verity import has_tree, read_tree
 
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9._/-]*))?")
 # The largest object of one PUT request (docs: Amazon S3, "Uploading objects"); multipart uploads are not made here.
@@ -336,6 +338,9 @@ def publish(
             manifest, sha256 = _verified_alone(manifest_file, keys), ""
         else:
             manifest, sha256 = verified(image, manifest_file, keys)
+    if not alone:
+        with disk_errors():
+            check_tree(image, manifest, step)
     name = manifest_file.name
     image_name = manifest.file or image.name
     if isinstance(target, Directory):
@@ -409,6 +414,23 @@ def verified(image: Path, manifest_file: Path, keys: Sequence[PublicKey]) -> tup
         )
     _believed(manifest, data, manifest_file, keys)
     return manifest, sha256
+
+
+def check_tree(image: Path, manifest: Manifest, step: Step) -> None:
+    """Raise AnchorError where a manifest names a root hash by which nodes could not read the image."""
+    if not manifest.verity:
+        return
+    if image_format(image) == "" or not has_tree(image):
+        raise AnchorError(
+            f"{image}: has no hash tree, and its manifest names a root hash",
+            "make both anew: anchor-build image --verity",
+        )
+    found = read_tree(image, step).root_hash
+    if found != manifest.verity:
+        raise AnchorError(
+            f"{image}: the root hash of its tree is {found}, and its manifest names {manifest.verity}",
+            "make the manifest anew: anchor-build image --verity",
+        )
 
 
 def _verified_alone(manifest_file: Path, keys: Sequence[PublicKey]) -> Manifest:

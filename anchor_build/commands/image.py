@@ -57,6 +57,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where nodes find the image; one that ends in / is a directory that it is published in. May be repeated.",
 )
 @click.option("--peer", "peers", multiple=True, metavar="URL", help="Likewise, on another node. May be repeated.")
+@click.option(
+    "--verity",
+    is_flag=True,
+    help="Append a hash tree (dm-verity), and name its root hash in the manifest: nodes then read the image in place"
+    " where they can reach it, over NFS say. Initramfs of before do not accept such a manifest. Needs veritysetup.",
+)
 @click.option("--valid-for", metavar="TIME", help="How long nodes may use the manifest, such as 30d.")
 @click.option(
     "--sign-key", default="", metavar="FILE|URI", help="A private key (PEM), or a PKCS#11 URI, that signs it."
@@ -82,6 +88,7 @@ def command(
     mirror_key: Path | None,
     urls: tuple[str, ...],
     peers: tuple[str, ...],
+    verity: bool,
     valid_for: str | None,
     sign_key: str,
     sign_pass_file: Path | None,
@@ -92,6 +99,7 @@ def command(
 
     Beside it go its manifest (FILE.manifest), which nodes read, and a JSON report (FILE.json). The same input gives
     the same image. Where SOURCE is an image already, it gets a new manifest: a later end, another key, other URLs.
+    With --verity it also gets a hash tree, in a copy that takes its place or goes to --output; one that it has stays.
 
     \b
     Examples:
@@ -100,6 +108,7 @@ def command(
       anchor-build image --distribution debian:bookworm --package systemd-sysv,linux-image-cloud-amd64 -o node.erofs
       anchor-build image --distribution rocky:9 --mirror https://mirror.example/9/BaseOS/ --mirror-key rocky.key
       anchor-build image node.tar --sign-key "pkcs11:token=site;object=manifest;type=private" --url https://store/el9/
+      anchor-build image rootfs.tar.zst -o node.erofs --verity --sign-key manifest.key --url nfs://store/images/
       anchor-build image node.squashfs --sign-key manifest.key --valid-for 30d
       anchor-build image --at registry.example/nodes/compute:2026-11 --sign-key manifest.key --valid-for 30d
     """  # noqa: D301
@@ -119,8 +128,8 @@ def command(
         raise click.UsageError("--platform belongs to --from.")
     if container is None and named is None and access != Access():
         raise click.UsageError("--registry-... and --authfile belong to --from and --at.")
-    if named is not None and (format_ or compression or urls or peers):
-        raise click.UsageError("--format, --compression, --url and --peer do not belong to --at.")
+    if named is not None and (format_ or compression or urls or peers or verity):
+        raise click.UsageError("--format, --compression, --url, --peer and --verity do not belong to --at.")
     if distribution is None and (packages or mirrors or mirror_key or variant):
         raise click.UsageError("--package, --variant, --mirror and --mirror-key belong to --distribution.")
     if variant and variant not in VARIANTS:
@@ -176,6 +185,7 @@ def command(
         compression=compression,
         urls=urls,
         peers=peers,
+        verity=verity,
         valid_for=seconds,
         sign_key=sign_key,
         sign_pass_file=sign_pass_file,
@@ -189,6 +199,7 @@ def command(
     if as_json:
         console.json(report)
         return
-    click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB {report['format']}, sha256 {report['sha256']}")
+    tree = f", root hash {report['verity']}" if "verity" in report else ""
+    click.echo(f"{build.output}: {report['bytes'] / 1e6:.1f} MB {report['format']}, sha256 {report['sha256']}{tree}")
     signed = f", signed by {report['signed_by']}" if report["signed"] else ""
     console.info(f"manifest: {build.manifest_file}{signed}; report: {build.report_file}")

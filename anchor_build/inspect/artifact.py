@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,6 +205,33 @@ def _detect(stream: BinaryIO) -> str:
     return ""
 
 
+def _with_tree(file: Path, image: Artifact) -> Artifact:
+    """Return an image with the root hash of its hash tree, if it has a right one, and what its manifest says of it."""
+    from anchor_build.manifest import SUFFIX, read_manifest
+    from anchor_build.verity import has_tree, read_tree
+
+    facts, notes, named = dict(image.facts), list(image.notes), ""
+    manifest = file.with_name(file.name + SUFFIX)
+    if manifest.is_file():
+        try:
+            named = read_manifest(manifest)[0].verity
+        except AnchorError as error:
+            notes.append(error.message)
+    if not has_tree(file):
+        notes += [f"{manifest} names a root hash, and the image has no hash tree"] if named else []
+        return replace(image, notes=tuple(notes))
+    try:
+        tree = read_tree(file, lambda title, progress=None: nullcontext())
+    except AnchorError as error:
+        return replace(image, notes=(*notes, f"{error.message}: no node would read it by its tree"))
+    facts |= {"root_hash": tree.root_hash, "hash_tree_bytes": tree.tree_bytes}
+    if named:
+        notes.append(f"{manifest} names {'this' if named == tree.root_hash else 'another'} root hash")
+    elif manifest.is_file():
+        notes.append(f"{manifest} names no root hash, so that nodes copy the image")
+    return replace(image, facts=facts, notes=tuple(notes))
+
+
 def _read(file: Path, kind: str, stage_dirs: tuple[Path, ...]) -> Artifact:
     if kind == "rpm":
         from anchor_build.inspect.rpm import inspect_rpm
@@ -216,9 +244,9 @@ def _read(file: Path, kind: str, stage_dirs: tuple[Path, ...]) -> Artifact:
     if kind == "squashfs":
         from anchor_build.inspect.squashfs import inspect_squashfs
 
-        return inspect_squashfs(file)
+        return _with_tree(file, inspect_squashfs(file))
     if kind == "erofs":
         from anchor_build.inspect.erofs import inspect_erofs
 
-        return inspect_erofs(file)
+        return _with_tree(file, inspect_erofs(file))
     raise AnchorError(f"{file}: is {kind or 'nothing that can be inspected'}", f"inspect knows {KNOWN}")

@@ -94,7 +94,7 @@ def test_a_passphrase_is_asked_for_once_and_before_the_work(tmp_path: Path) -> N
     key, _ = make_key(tmp_path, "plain")
     openssl("pkey", "-in", key, "-aes256", "-passout", "pass:secret1", "-out", tmp_path / "k")
     image = tmp_path / "node.squashfs"
-    image.write_bytes(b"hsqs" + bytes(4096))
+    image.write_bytes(b"hsqs".ljust(40, b"\0") + (96).to_bytes(8, "little") + bytes(4048))  # 96 bytes are used
     argv = [sys.executable, "-m", "anchor_build", "image", str(image), "--sign-key", str(tmp_path / "k")]
     status, said = at_a_terminal(argv, "secret1")
     assert status == 0, said

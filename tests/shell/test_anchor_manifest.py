@@ -89,7 +89,19 @@ PIECES = (
         "=",
         "QUJD",
     ),
-    *("a" * 64, "https://", "file:///", "/../", "anchor-manifest", "signature", "size", "sha256", "verity", "mirror", "x-"),
+    *(
+        "a" * 64,
+        "https://",
+        "file:///",
+        "/../",
+        "anchor-manifest",
+        "signature",
+        "size",
+        "sha256",
+        "verity",
+        "mirror",
+        "x-",
+    ),
 )
 SPLIT = """
 . "$LIB/anchor-report.sh" && . "$LIB/anchor-types.sh" && . "$LIB/anchor-params.sh" && . "$LIB/anchor-manifest.sh"

@@ -250,10 +250,14 @@ anchor_manifest_parse() {
             return 1
         fi
         anchor_reason=
-        if ! anchor_manifest__take "$key" "$value"; then
-            anchor_manifest__refuse "line $number: ${anchor_reason:-$key is not a known key}"
-            return 1
+        anchor_manifest__take "$key" "$value" && continue
+        if [ -n "$anchor_reason" ]; then
+            anchor_manifest__refuse "line $number: $anchor_reason"
+        else
+            anchor_manifest__refuse "line $number: $key is not a known key" \
+                "if the manifest is newer than this initramfs, build that anew"
         fi
+        return 1
     done <"$1"
     [ "$number" -gt 0 ] || anchor_manifest__magic '' || return 1
     for key in "image ${anchor_manifest_image:+1}" "sha256 ${anchor_manifest_sha256:+1}" "size ${anchor_manifest_size:+1}" \

@@ -66,7 +66,7 @@ anchor_fetch__admit() {
 # anchor_transport. Status 1 when others were asked and these are not to be: they want to be left alone for a while yet,
 # or the time is up. Then they are left for the next round.
 anchor_fetch__choose() {
-    local each ready='' random
+    local each ready=''
     anchor_uptime_ms
     for each in $queue; do
         anchor_recall "$work/$each.until"
@@ -87,11 +87,8 @@ anchor_fetch__choose() {
     case " $* " in
         *" ${first:-none} "*) n=$first ;;
         *)
-            if [ $# -gt 1 ]; then
-                random=$(od -An -N4 -tu4 /dev/urandom) || random=0
-                shift $((random % $#))
-            fi
-            n=$1
+            anchor_fetch_pick "$@"
+            n=$anchor_fetch_picked
             ;;
     esac
     first=
@@ -102,8 +99,19 @@ anchor_fetch__choose() {
     anchor_stage_for_scheme "${url%%://*}"
 }
 
-# usage: anchor_fetch__without NUMBER NUMBERS
-# Sets anchor_fetch_rest to NUMBERS without NUMBER.
+# usage: anchor_fetch_pick WORD...
+# Sets anchor_fetch_picked to one of the words, at random.
+anchor_fetch_pick() {
+    local random
+    if [ $# -gt 1 ]; then
+        random=$(od -An -N4 -tu4 /dev/urandom) || random=0
+        shift $((random % $#))
+    fi
+    anchor_fetch_picked=$1
+}
+
+# usage: anchor_fetch__without WORD WORDS
+# Sets anchor_fetch_rest to WORDS without WORD.
 anchor_fetch__without() {
     local each
     anchor_fetch_rest=

@@ -26,7 +26,9 @@
 # FILE may be a named pipe (see anchor-stream.sh): anchor_fetch_size tells how many bytes it has had, too, and it cannot be
 # opened for reading.
 # A transport that reaches files where they are may have anchor_<transport>_place URL, which sets anchor_fetch_placed to
-# a local path of the whole file and copies nothing. Statuses 0, 1 and 2 as above.
+# a local path of the whole file and copies nothing. Statuses 0, 1 and 2 as above. One that has made sure of the file may set
+# anchor_fetch_sized to 1 and anchor_fetch_size to its bytes: then nobody looks at it again. Where something has to be taken
+# back that it did, anchor_<transport>_leave does that; it may be called at any time.
 
 # usage: anchor_fetch "URL..." DEST [SHA256 [SIZE [memory]]]
 # Downloads the file to DEST, which appears only when it is whole (and its digest is SHA256, and its bytes are SIZE,
@@ -37,6 +39,7 @@
 # Works in DEST.fetch, beside it: DEST's directory should be a file system that can hold the file. memory: it may use all of
 # the node's memory, so that only this limits the file, and nobody need ask how much is free in it; where the file would
 # not fit, the initramfs makes room (anchor_memory_shed).
+# Where anchor_fetch_signed is 1, what has no SHA256 may come from anywhere: the caller checks it in another way.
 # Reads the parameters anchor_fetch_{timeout,connect_timeout,stall,attempts,reserve}; attempts is the number of rounds.
 # Notes url (which served the end), attempts, bytes and sha256. Status 0, with anchor_fetch_size set to the bytes, or 1.
 anchor_fetch() {
@@ -86,15 +89,18 @@ anchor_fetch__download() {
     [ "$status" -eq 0 ]
 }
 
-# usage: anchor_fetch_place URL [SHA256]
-# Finds the file where it is, without a copy. Sets anchor_fetch_placed to its path. Reads and notes what anchor_fetch does;
-# the digest is taken, and noted, only where SHA256 is given: a file on a server need not come over to be mounted.
-# Status 0, 1, or 2 when no transport can reach this URL in place.
+# usage: anchor_fetch_place URL [SHA256 [ROOTHASH]]
+# Finds the file where it is, without a copy. Sets anchor_fetch_placed to its path, and anchor_fetch_size to its bytes. Reads
+# and notes what anchor_fetch does; the digest is taken, and noted, only where SHA256 is given: a file on a server need not
+# come over to be mounted. With ROOTHASH, SHA256 is empty, and the caller checks each block when it is read. Without it,
+# nothing is used in place that a transport brings for a digest only: such a file may change after its digest was taken.
+# Status 0, 1, or 2 when no transport can reach this URL in place. anchor_fetch_leave takes back what it did.
 anchor_fetch_place() {
-    local url="$1" want="${2:-}" expected='' round=1 sum start deadline
+    local url="$1" want="${2:-}" expected='' round=1 sum start deadline anchor_fetch_signed="${anchor_fetch_signed:-}"
     anchor_fetch_placed=
     anchor_fetch_plain "$url"
-    anchor_stage_for_scheme "${url%%://*}" && command -v "anchor_${anchor_transport}_place" >/dev/null || return 2
+    anchor_fetch_placeable "$url" && [ "${3:-}:$anchor_transport_needs_digest" != :1 ] || return 2
+    [ -z "${3:-}" ] || anchor_fetch_signed=1
     anchor_fetch__admissible && anchor_fetch__expectable "$anchor_fetch_url" || return 1
     anchor_note url "$anchor_fetch_url"
     anchor_uptime_ms
@@ -103,6 +109,7 @@ anchor_fetch_place() {
     while :; do
         anchor_fetch__prepare
         anchor_note_number attempts "$round"
+        anchor_fetch_sized=
         "anchor_${anchor_transport}_place" "$url"
         case $? in
             0) break ;;
@@ -117,11 +124,13 @@ $anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
         fi
         round=$((round + 1))
     done
-    if [ ! -f "$anchor_fetch_placed" ] || [ ! -r "$anchor_fetch_placed" ]; then
-        anchor_fail "$anchor_fetch_url is not a file that can be read: $anchor_fetch_placed" "check the path in the URL"
-        return 1
+    if [ -z "$anchor_fetch_sized" ]; then
+        if [ ! -f "$anchor_fetch_placed" ] || [ ! -r "$anchor_fetch_placed" ]; then
+            anchor_fail "$anchor_fetch_url is not a file that can be read: $anchor_fetch_placed" "check the path in the URL"
+            return 1
+        fi
+        anchor_fetch_size "$anchor_fetch_placed"
     fi
-    anchor_fetch_size "$anchor_fetch_placed"
     anchor_note_number bytes "$anchor_fetch_size"
     [ -n "$want" ] || return 0
     sum=$(anchor_fetch_digest <"$anchor_fetch_placed")
@@ -131,6 +140,23 @@ $anchor_fetch_took: $anchor_fetch_error" "$anchor_fetch_hint"
     anchor_fetch_placed=
     anchor_fail "$anchor_fetch_url is not what it should be: its SHA-256 digest is ${sum:-unknown}, expected $want" \
         "someone changed the file, or the digest is of another version"
+}
+
+# usage: anchor_fetch_placeable URL
+# Whether a transport can reach URL in place. Sets what anchor_stage_for_scheme does.
+anchor_fetch_placeable() {
+    anchor_stage_for_scheme "${1%%://*}" && command -v "anchor_${anchor_transport}_place" >/dev/null
+}
+
+# usage: anchor_fetch_leave
+# Takes back what transports did for a file in place, which is used no more. It may be called at any time.
+anchor_fetch_leave() {
+    local stage
+    for stage in ${anchor_stages:-}; do
+        case $stage in
+            transport_*) ! command -v "anchor_${stage#transport_}_leave" >/dev/null || "anchor_${stage#transport_}_leave" ;;
+        esac
+    done
 }
 
 # usage: anchor_fetch_mirrors URL LIST
@@ -215,7 +241,7 @@ anchor_fetch__admissible() {
             "build it with a transport for them: anchor-build stages lists the transports and their schemes"
         return 1
     fi
-    # A manifest has its signature instead of a digest.
+    # A manifest has its signature instead of a digest, and an image may have its root hash.
     if [ -z "$want" ] && [ "$anchor_transport_needs_digest" = 1 ] && [ "${anchor_fetch_signed:-}" != 1 ]; then
         anchor_fail "refused to fetch $anchor_fetch_url without a digest: nothing protects ${url%%://*}://" \
             "add the image's SHA-256 digest (rd.anchor.<image>.sha256=) or use https://"

@@ -118,11 +118,17 @@ anchor_memory_seal() {
     return 1
 }
 
+# usage: anchor_memory_unmount DIR
+# Unmounts the image, where that is mounted already.
+anchor_memory_unmount() {
+    ! anchor_mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
+}
+
 # usage: anchor_memory_free DIR
 # Unmounts the tmpfs with all that is mounted in it, whoever did that and however often, and so frees the memory; before
-# it the image, where that is mounted already.
+# it the image.
 anchor_memory_free() {
-    ! anchor_mounted "${1%/*}/lower" || umount "${1%/*}/lower" || umount -l "${1%/*}/lower"
+    anchor_memory_unmount "$1"
     while anchor_mounted "$1"; do
         umount -R "$1" 2>/dev/null || umount -l "$1" || return 0
     done

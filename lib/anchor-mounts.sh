@@ -18,10 +18,15 @@ anchor_mounted() {
 }
 
 # usage: anchor_mount_file TYPE FILE DIR [OPTION,...]
-# Mounts a file that is a file system of TYPE, read-only and with further OPTIONs of mount, on DIR, which it makes. Sets
-# anchor_mount_error on status 1.
+# Mounts a file, or a block device, that is a file system of TYPE, read-only and with further OPTIONs of mount, on DIR, which
+# it makes. Sets anchor_mount_error on status 1.
 anchor_mount_file() {
-    [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
+    local options="loop,ro${4:+,$4}"
+    if [ -b "$2" ]; then
+        options=${options#loop,}
+    else
+        [ -d /sys/module/loop ] || modprobe -q loop 2>/dev/null
+    fi
     # shellcheck disable=SC2034 # for the caller
-    anchor_mount_error=$({ [ -d "$3" ] || mkdir -p "$3"; } 2>&1 && mount -t "$1" -o "loop,ro${4:+,$4}" "$2" "$3" 2>&1)
+    anchor_mount_error=$({ [ -d "$3" ] || mkdir -p "$3"; } 2>&1 && mount -t "$1" -o "$options" "$2" "$3" 2>&1)
 }

@@ -1,14 +1,22 @@
 #!/bin/sh
-# Mounting an NFS export for a moment, for the stages that read files from one: read-only, without rpc.statd (NFS 4 has
-# no need of it, and NFS 3 is mounted without locks), with time limits on everything, and unmounted on every way out.
-# Who mounts calls anchor_nfs_umount; a trap on EXIT is the place for it. A stage that names this library in `libs` needs
-# the binaries mount.nfs, mount.nfs4, timeout, dd and readlink. Needs anchor-report.sh, anchor-fetch.sh and
+# Mounting an NFS export for the stages that read files from one: read-only, without rpc.statd (NFS 4 has no need of it,
+# and NFS 3 is mounted without locks), with time limits on everything. Most need it for a moment, and unmount it on every
+# way out: who mounts calls anchor_nfs_umount; a trap on EXIT is the place for it. A stage that names this library in `libs`
+# needs the binaries mount.nfs, mount.nfs4, timeout, dd and readlink. Needs anchor-report.sh, anchor-fetch.sh and
 # anchor-mounts.sh.
+#
+# Who needs an export that stays, for the booted system, has locals of its own for these two: anchor_nfs_dir, which is where
+# it is mounted, and anchor_nfs_wait. That is soft for a moment: a read fails when the server is silent. With hard a read
+# waits for the server however long it takes, as the root of a system must; the mount itself has its limit all the same.
 #
 # What went wrong is left in anchor_nfs_error and anchor_nfs_hint, and anchor_nfs_final is 1 where trying again is no
 # use: the caller decides whether it does.
 
 ANCHOR_NFS_DIR="${ANCHOR_ROOT:-}/run/anchor/nfs"
+ANCHOR_NFS_STAY="${ANCHOR_ROOT:-}/run/anchor/nfs-image"
+anchor_nfs_dir=$ANCHOR_NFS_DIR
+anchor_nfs_wait=soft
+anchor_nfs_force=
 ANCHOR_NFS_OPTIONS="vers, port, mountport, proto, mountproto, rsize, timeo, retrans"
 
 # usage: anchor_nfs_export EXPORT
@@ -32,7 +40,7 @@ anchor_nfs_export() {
 # usage: anchor_nfs_options GIVEN
 # Checks options that came from the command line. Sets anchor_nfs_passed to those that are passed on, each with a comma
 # before it, and anchor_nfs_versions to the protocol versions to try, best first. What the node decides itself is left
-# out, and said where it contradicts. Reads anchor_nfs_type. Status 1, final, for any other option.
+# out, and said where it contradicts. Reads anchor_nfs_type and anchor_nfs_wait. Status 1, final, for any other option.
 anchor_nfs_options() {
     local rest="${1:+$1,}" option value
     anchor_nfs_passed=
@@ -43,10 +51,10 @@ anchor_nfs_options() {
         rest=${rest#*,}
         value=${option#*=}
         case $option in
-            '' | ro | nolock | soft | tcp | intr | nointr | noatime | nodiratime | nosuid | nodev | noexec | noacl) ;;
+            '' | "$anchor_nfs_wait" | ro | nolock | tcp | intr | nointr | noatime | nodiratime | nosuid | nodev | noexec | noacl) ;;
             defaults | _netdev | bg | fg | sec=sys | minorversion=[012]) ;;
-            hard | rw | udp | async | sync | lock)
-                anchor_warn "the NFS option $option has no effect: an export is mounted ro,soft,nolock over TCP for a moment"
+            hard | soft | rw | udp | async | sync | lock)
+                anchor_warn "the NFS option $option has no effect: an export is mounted ro,$anchor_nfs_wait,nolock over TCP"
                 ;;
             vers=4 | nfsvers=4) anchor_nfs_versions='4.2 4.1 4.0' ;;
             vers=3 | vers=4.[012] | nfsvers=3 | nfsvers=4.[012])
@@ -78,18 +86,19 @@ anchor_nfs_options() {
 }
 
 # usage: anchor_nfs_mount LIMIT [EXTRA]
-# Mounts anchor_nfs_server:anchor_nfs_path on ANCHOR_NFS_DIR within about LIMIT seconds, with the best protocol version
-# that the server has, anchor_nfs_passed, and EXTRA options of the caller's. An RPC that gets no answer fails after 18 s
-# (3 + 6 + 9) unless options say otherwise. Status 1 with the reason.
+# Mounts anchor_nfs_server:anchor_nfs_path on anchor_nfs_dir within about LIMIT seconds, with the best protocol version
+# that the server has, anchor_nfs_passed, and EXTRA options of the caller's. Where it does not stay, an RPC that gets no
+# answer fails after 18 s (3 + 6 + 9) unless options say otherwise. Status 1 with the reason.
 anchor_nfs_mount() {
-    local limit="$1" extra="${2:+,$2}" version options until error
+    local limit="$1" extra="${2:+,$2}" version options until error patience="$anchor_nfs_wait"
     anchor_nfs_error=
     anchor_nfs_hint="does the NFS server run, and does a firewall let this node through to its TCP port 2049?"
     anchor_nfs_final=0
-    if ! anchor_nfs_umount || ! (umask 077 && mkdir -p "$ANCHOR_NFS_DIR"); then
-        anchor_nfs__never "$ANCHOR_NFS_DIR cannot be used as a mount point" "is something still mounted there? (see dmesg)"
+    if ! anchor_nfs_umount || ! (umask 077 && mkdir -p "$anchor_nfs_dir"); then
+        anchor_nfs__never "$anchor_nfs_dir cannot be used as a mount point" "is something still mounted there? (see dmesg)"
         return 1
     fi
+    [ "$patience" = hard ] || patience=soft,timeo=30,retrans=2
     anchor_nfs__databases
     modprobe -q nfs 2>/dev/null
     anchor_uptime_ms
@@ -98,13 +107,13 @@ anchor_nfs_mount() {
         anchor_uptime_ms
         limit=$(((until - anchor_uptime_ms + 999) / 1000))
         [ "$limit" -gt 0 ] || break
-        options="ro,nosuid,nodev,noexec,soft,timeo=30,retrans=2,retry=0,sec=sys,nolock$extra$anchor_nfs_passed"
+        options="ro,nosuid,nodev,noexec,$patience,retry=0,sec=sys,nolock$extra$anchor_nfs_passed"
         case $version in
             3) options="$options,vers=3,proto=tcp,mountproto=tcp" && set -- nfs nfsv3 ;;
             *) options="$options,vers=$version" && set -- nfs4 nfsv4 ;;
         esac
         modprobe -q "$2" 2>/dev/null
-        error=$(timeout -k 2 "$limit" mount -t "$1" -o "$options" "$anchor_nfs_server:$anchor_nfs_path" "$ANCHOR_NFS_DIR" 2>&1 </dev/null)
+        error=$(timeout -k 2 "$limit" mount -t "$1" -o "$options" "$anchor_nfs_server:$anchor_nfs_path" "$anchor_nfs_dir" 2>&1 </dev/null)
         case $? in
             0)
                 anchor_nfs_version=$version
@@ -124,22 +133,23 @@ anchor_nfs_mount() {
 }
 
 # usage: anchor_nfs_umount
-# Takes ANCHOR_NFS_DIR away, lazily where the server does not answer any more, and never waits longer than 6 s: an
-# unmount of a dead server may hang in the kernel, so it runs beside this shell. Status 1 if it is still mounted.
+# Takes anchor_nfs_dir away, lazily where the server does not answer any more, and never waits longer than 6 s: an
+# unmount of a dead server may hang in the kernel, so it runs beside this shell. anchor_nfs_force are the flags of further
+# tries, before the lazy one. Status 1 if it is still mounted.
 anchor_nfs_umount() {
     local flags tries
-    for flags in -ic -icfl; do
-        anchor_mounted "$ANCHOR_NFS_DIR" || return 0
+    for flags in -ic $anchor_nfs_force -icfl; do
+        anchor_mounted "$anchor_nfs_dir" || return 0
         # No helper (-i): that of NFS 3 would ask the dead server once more. No look at the mount point (-c) either.
-        umount "$flags" "$ANCHOR_NFS_DIR" >/dev/null 2>&1 </dev/null &
+        umount "$flags" "$anchor_nfs_dir" >/dev/null 2>&1 </dev/null &
         tries=30
-        while anchor_mounted "$ANCHOR_NFS_DIR" && [ "$tries" -gt 0 ]; do
+        while anchor_mounted "$anchor_nfs_dir" && [ "$tries" -gt 0 ]; do
             sleep 0.1
             tries=$((tries - 1))
             kill -0 "$!" 2>/dev/null || break
         done
     done
-    ! anchor_mounted "$ANCHOR_NFS_DIR"
+    ! anchor_mounted "$anchor_nfs_dir"
 }
 
 # usage: anchor_nfs_file NAME
@@ -150,10 +160,10 @@ anchor_nfs_file() {
     local what="$anchor_nfs_server:$anchor_nfs_path/${1#/}" type
     anchor_nfs_final=0
     anchor_nfs_hint="check the path, and that the file was put there"
-    anchor_nfs_file=$(timeout -k 2 30 readlink -e "$ANCHOR_NFS_DIR/$1" 2>/dev/null) || anchor_nfs_file=
+    anchor_nfs_file=$(timeout -k 2 30 readlink -e "$anchor_nfs_dir/$1" 2>/dev/null) || anchor_nfs_file=
     case $anchor_nfs_file in
         '') anchor_nfs_error="$what is not there" ;;
-        "$ANCHOR_NFS_DIR"/*)
+        "$anchor_nfs_dir"/*)
             if ! type=$(timeout -k 2 30 stat -c '%s %i %F;%y;%z' "$anchor_nfs_file" 2>/dev/null); then
                 anchor_nfs_error="$what cannot be looked at"
             else
@@ -176,7 +186,7 @@ anchor_nfs_file() {
 # come back however long that takes. What was a file a moment ago may be something else by now: a link is not followed,
 # and a pipe is not waited for. Status 1 with the reason.
 anchor_nfs_copy() {
-    local error='' status copy guard messages="$ANCHOR_NFS_DIR.messages"
+    local error='' status copy guard messages="$anchor_nfs_dir.messages"
     rm -f "$messages" "$messages.end" "$messages.guarded"
     # In small blocks: the guard sees only whole ones, and takes a slow copy in large ones for a silent one.
     LC_ALL=C timeout -k 2 "$4" dd if="$anchor_nfs_file" of="$1" bs=16K skip="$2" count="$3" conv=notrunc \
@@ -205,7 +215,7 @@ anchor_nfs_copy() {
             ;;
         127:*) anchor_nfs__never "dd is not in the initramfs" "build it anew: the nfs stages bring it" ;;
         *"Permission denied"*)
-            anchor_nfs_error="$anchor_nfs_server does not let this node read ${anchor_nfs_file#"$ANCHOR_NFS_DIR"/}"
+            anchor_nfs_error="$anchor_nfs_server does not let this node read ${anchor_nfs_file#"$anchor_nfs_dir"/}"
             anchor_nfs_hint="see the file's mode, and whether the export squashes root: make it readable for this node alone"
             ;;
         *) anchor_nfs_error="reading from $anchor_nfs_server failed: ${error##*: }" ;;

@@ -1,13 +1,17 @@
 #!/bin/sh
 # Download a squashfs or erofs image into memory and mount it from there; or mount one that is in place already.
 #
+# Where a root hash is given, an image that a transport can reach in place is read there, through dm-verity, and nothing of it
+# is copied; likewise a download of which nothing else is known. A download with a SHA-256 digest has been checked already.
+#
 # A downloaded image lies once in memory, in a tmpfs of its own. A loop device reads it there directly: on a tmpfs, direct I/O
 # would save nothing, because the tmpfs is the page cache.
 # shellcheck disable=SC2154 # anchor_squashfs_* are this stage's parameters, anchor_recall is set by anchor_recall
 
 # usage: anchor_squashfs_run
-# Reads $anchor_squashfs_url, $anchor_squashfs_mirrors and $anchor_squashfs_sha256, or instead of them what the manifest
-# says. Leaves /run/anchor/image/image, complete and read-only: the image itself, or a link to where it is in place.
+# Reads $anchor_squashfs_url, $anchor_squashfs_mirrors, $anchor_squashfs_sha256 and $anchor_squashfs_verity, or instead of
+# them what the manifest says. Leaves /run/anchor/image/image, complete and read-only: the image itself, or a link to where it
+# is in place; and /run/anchor/image.verity, the root hash, where the device of anchor-verity.sh is to be mounted instead.
 # Safe to repeat. On failure it unmounts the tmpfs, which frees the memory.
 anchor_squashfs_run() {
     anchor_untraced anchor_squashfs__run
@@ -16,82 +20,209 @@ anchor_squashfs_run() {
 # usage: anchor_squashfs__run
 # The same, traced: a URL may hold a password.
 anchor_squashfs__run() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" status
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" urls sha256="$anchor_squashfs_sha256" verity="${anchor_squashfs_verity:-}"
+    local of anchor_fetch_signed="${anchor_fetch_signed:-}"
     anchor_fetch_mirrors "$anchor_squashfs_url" "$anchor_squashfs_mirrors"
     urls=$anchor_fetch_urls
     if [ -n "${anchor_manifest_urls:-}" ]; then
         urls=$anchor_manifest_urls
         sha256=$anchor_manifest_sha256
-    elif [ -z "$sha256" ]; then
+        verity=${anchor_manifest_verity:-}
+    elif anchor_params_signed; then
+        # The command line is nobody's signature.
+        verity=
+    elif [ -z "$sha256$verity" ]; then
         anchor_info "rd.anchor.squashfs.sha256= is not given: nothing but the server's certificate vouches for the image"
     fi
     # An earlier try left it, complete; but what is wanted may have changed since.
+    of="$sha256 $verity $urls"
     anchor_recall "$dir.of"
-    if [ "$anchor_recall" = "$sha256 $urls" ] && anchor_mounted "$dir"; then
+    if [ "$anchor_recall" = "$of" ] && anchor_mounted "$dir"; then
         case $anchor_mounted in
             ro | ro,*) return 0 ;;
         esac
     fi
-    anchor_remove "$dir.of" "$dir.format"
-    anchor_memory_free "$dir"
-    anchor_squashfs__place "$dir" "$urls" "$sha256"
-    status=$?
-    [ "$status" -eq 2 ] || return "$status"
+    anchor_squashfs__free
+    # Before the download: it may give up the drivers that are not loaded.
+    if [ -n "$verity" ] && ! anchor_verity_ready; then
+        if [ -z "$sha256" ]; then
+            anchor_fail "the image has a root hash alone, and this initramfs has no dm-verity for its kernel" \
+                "give the image's SHA-256 digest, too, or build the initramfs for a kernel with CONFIG_DM_VERITY"
+            return 1
+        fi
+        anchor_warn "this initramfs has no dm-verity for its kernel: the image is not used in place"
+        verity=
+    fi
+    anchor_squashfs__place
+    case $? in
+        0) return 0 ;;
+        1)
+            anchor_squashfs__free
+            return 1
+            ;;
+    esac
     # It may use all memory for now, because anchor_fetch knows the limit; then it is cut to size.
     anchor_memory_space "$dir" 100% nr_inodes=64 || return 1
+    # The root hash will tell.
+    [ -z "$verity" ] || [ -n "$sha256" ] || anchor_fetch_signed=1
     if anchor_fetch "$urls" "$dir/image" "$sha256" "${anchor_manifest_size:-}" memory &&
         anchor_squashfs__check "$dir/image" "$anchor_fetch_size" &&
-        anchor_memory_seal "$dir" "$anchor_squashfs__size"; then
-        (umask 077 && anchor_keep "$dir.of" "$sha256 $urls")
+        anchor_memory_seal "$dir" "$anchor_squashfs__size" &&
+        { [ -z "$verity" ] || [ -n "$sha256" ] || anchor_squashfs__verify "$dir/image"; }; then
+        (umask 077 && anchor_keep "$dir.of" "$of")
         return 0
     fi
-    anchor_memory_free "$dir"
+    anchor_squashfs__free
     return 1
 }
 
-# usage: anchor_squashfs__place DIR URLS SHA256
-# Status 0: DIR/image leads to an image that is used where it is; 2: it has to be downloaded; 1: failed.
+# usage: anchor_squashfs__free
+# Unmounts the image and takes away all that is below it. Reads dir.
+anchor_squashfs__free() {
+    local tries
+    anchor_remove "$dir.of" "$dir.format"
+    anchor_memory_unmount "$dir"
+    if [ -e "$dir.verity" ]; then
+        # Where its server has fallen silent, only the end of the export lets go who still reads.
+        for tries in 1 2; do
+            anchor_verity_close && rm -f "$dir.verity" && break
+            anchor_fetch_leave
+        done
+    fi
+    anchor_fetch_leave
+    anchor_memory_free "$dir"
+}
+
+# usage: anchor_squashfs__place
+# Finds an image that is used where it is. Reads dir, urls, sha256 and verity. Status 0: DIR/image leads to it; 2: it has to
+# be downloaded, from urls; 1: failed.
 anchor_squashfs__place() {
     local status
-    # What lies elsewhere can be changed after its digest was taken. Where only a signature is believed, it is copied.
+    if [ -n "$verity" ]; then
+        anchor_squashfs__places
+        return
+    fi
+    # What lies elsewhere can be changed after its digest was taken. Where only a signature is believed, it is copied, unless
+    # a root hash that was signed lets it be checked whenever it is read.
     ! anchor_params_signed || return 2
-    case $2 in
+    case $urls in
         *' '*) return 2 ;;
     esac
-    anchor_fetch_place "$2" "$3"
+    anchor_fetch_place "$urls" "$sha256"
     status=$?
     [ "$status" -eq 0 ] || return "$status"
-    anchor_squashfs__check "$anchor_fetch_placed" || return 1
-    mkdir -p "$1" && ln -sfn "$anchor_fetch_placed" "$1/image" && return 0
-    anchor_fail "cannot write to $1" "is /run full?"
+    anchor_squashfs__check "$anchor_fetch_placed" && anchor_squashfs__link
+}
+
+# usage: anchor_squashfs__link
+# Lets DIR/image lead to where the image is. Status 1 with a report.
+anchor_squashfs__link() {
+    mkdir -p "$dir" && ln -sfn "$anchor_fetch_placed" "$dir/image" && return 0
+    anchor_fail "cannot write to $dir" "is /run full?"
+}
+
+# usage: anchor_squashfs__places
+# The same with a root hash: tries all places that can be reached, in random order, and leaves the others in urls.
+anchor_squashfs__places() {
+    local url left='' others='' count=0 told='' hint=''
+    for url in $urls; do
+        if anchor_fetch_placeable "$url"; then
+            left="$left $url"
+            count=$((count + 1))
+        else
+            others="$others${others:+ }$url"
+        fi
+    done
+    [ "$count" -gt 0 ] || return 2
+    while [ -n "$left" ]; do
+        # shellcheck disable=SC2086 # URLs, without blanks
+        anchor_fetch_pick $left
+        anchor_fetch__without "$anchor_fetch_picked" "$left"
+        left=$anchor_fetch_rest
+        anchor_squashfs__try "$anchor_fetch_picked" "$count" && return 0
+        anchor_recall "$dir.hint"
+        hint=$anchor_recall
+        anchor_recall "$dir.error"
+        told="$told${told:+; }$anchor_recall"
+        anchor_remove "$dir.error" "$dir.hint"
+        anchor_squashfs__free
+        [ -z "$left" ] || anchor_warn "the image cannot be used in place: $anchor_recall; trying another place"
+    done
+    if [ -z "$others" ]; then
+        [ "$count" -eq 1 ] || told="none of the $count places has the image: $told"
+        anchor_fail "$told" "$hint"
+        return 1
+    fi
+    anchor_warn "the image cannot be used in place and is downloaded: $told"
+    urls=$others
+    return 2
+}
+
+# usage: anchor_squashfs__try URL COUNT
+# Tries one of COUNT places. What goes wrong is not yet the end: status 1 leaves it in DIR.error and DIR.hint.
+anchor_squashfs__try() {
+    (
+        # shellcheck disable=SC2317 # what comes calls it
+        anchor_fail() {
+            anchor_keep "$dir.error" "$1"
+            anchor_keep "$dir.hint" "${2:-}"
+            return 1
+        }
+        anchor_fetch_attempts=$(((anchor_fetch_attempts + $2 - 1) / $2))
+        anchor_fetch_timeout=$(((anchor_fetch_timeout + $2 - 1) / $2))
+        if ! anchor_fetch_place "$1" '' "$verity"; then
+            [ -e "$dir.error" ] || anchor_fail "$anchor_fetch_url cannot be reached in place"
+            exit 1
+        fi
+        anchor_squashfs__check "$anchor_fetch_placed" "$anchor_fetch_size" && anchor_squashfs__verify "$anchor_fetch_placed" &&
+            anchor_squashfs__link || exit 1
+        anchor_note in_place yes
+        anchor_fetch_amount "$anchor_fetch_size"
+        anchor_info "using $anchor_fetch_url in place: $anchor_fetch_amount, each block checked when it is read"
+    )
+}
+
+# usage: anchor_squashfs__verify FILE
+# Puts dm-verity over FILE, of which anchor_squashfs__check has been told what it says, and looks at the file system once more,
+# through it. Reads dir and verity.
+anchor_squashfs__verify() {
+    anchor_keep "$dir.verity" "$verity"
+    anchor_verity_open "$1" "$anchor_squashfs__size" "$anchor_squashfs__used" "$verity" &&
+        anchor_squashfs__check "$ANCHOR_VERITY_DEVICE" "$anchor_squashfs__size" && anchor_note verity "$verity"
 }
 
 # usage: anchor_squashfs_mount DIR
 # Mounts the image read-only on DIR. Safe to repeat. On failure it frees the image's memory.
 anchor_squashfs_mount() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image"
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" from hint='does this kernel have loop and'
     anchor_mounted "$1" && return 0
     # What the run has found, which was another process.
     anchor_recall "$dir.format"
     anchor_squashfs__format=$anchor_recall
-    [ -n "$anchor_recall" ] || anchor_squashfs__check "$dir/image" || return 1
-    anchor_mount_file "$anchor_squashfs__format" "$dir/image" "$1" && return 0
+    from=$dir/image
+    if [ -e "$dir.verity" ]; then
+        from=$ANCHOR_VERITY_DEVICE
+        hint='is the whole image the one of the root hash, and does this kernel have'
+    fi
+    [ -n "$anchor_recall" ] || anchor_squashfs__check "$from" || return 1
+    anchor_mount_file "$anchor_squashfs__format" "$from" "$1" && return 0
     anchor_fail "cannot mount the image: $anchor_mount_error" \
-        "does this kernel have loop and $anchor_squashfs__format with the image's compression? (see dmesg)"
-    anchor_memory_free "$dir"
+        "$hint $anchor_squashfs__format with the image's compression? (see dmesg)"
+    anchor_squashfs__free
     return 1
 }
 
 # usage: anchor_squashfs__check FILE [SIZE]
 # Whether FILE is a whole squashfs or erofs; when not, says what it is instead. Sets anchor_squashfs__format to the file
-# system's type and anchor_squashfs__size to the file's bytes; keeps the type for the mount, and notes it.
+# system's type, anchor_squashfs__used to the bytes that it has, and anchor_squashfs__size to the file's; keeps the type for
+# the mount, and notes it. FILE may be on a server: then SIZE is given, and nothing waits for ever.
 anchor_squashfs__check() {
     local used
     anchor_squashfs__size=${2:-}
     [ -n "$anchor_squashfs__size" ] || anchor_squashfs__size=$(stat -L -c %s "$1")
     # The superblock of a squashfs is in its first 96 bytes. erofs leaves 1024 bytes to boot loaders, then comes its own.
     # shellcheck disable=SC2046 # od prints numbers
-    set -- $(od -A n -v -t u1 -N 1064 "$1" 2>/dev/null)
+    set -- $(timeout -k 2 "$ANCHOR_VERITY_LIMIT" od -A n -v -t u1 -N 1064 "$1" 2>/dev/null </dev/null)
     if [ $# -lt 1028 ] || [ "${1025} ${1026} ${1027} ${1028}" != '226 225 245 224' ]; then
         anchor_squashfs__squashfs "$@" || return 1
     else
@@ -103,6 +234,7 @@ anchor_squashfs__check() {
             "the file on the server is incomplete; publish it again"
         return 1
     fi
+    anchor_squashfs__used=$used
     anchor_note format "$anchor_squashfs__format"
     anchor_keep "${ANCHOR_ROOT:-}/run/anchor/image.format" "$anchor_squashfs__format"
 }

@@ -1,35 +1,86 @@
 #!/bin/sh
 # One attempt to copy a file from an NFS server. An export is mounted for the attempt alone, and what it holds is a
-# server's word over an unprotected network: so this transport is for what has a digest.
+# server's word over an unprotected network: so this transport is for what has a digest. Where each block is checked when it
+# is read, the file can be used where it is; then the export stays mounted.
 # shellcheck disable=SC2154 # anchor_nfs_options is this stage's parameter, the others are anchor_fetch's
 
 # usage: anchor_nfs_run URL FILE MAX_BYTES
 # Status: 0 whole, 1 permanent failure, 2 try again, 3 start from zero (see anchor-fetch.sh). Keeps in FILE.nfs which
 # version of which URL was begun. The work is done in a subshell, whose end unmounts the export whatever ends it.
 anchor_nfs_run() {
-    local url="$1" file="$2" max="$3" state="$2.nfs" status
-    anchor_fetch_plain "$url"
-    if ! [ -d "$state" ] && ! mkdir -m 700 "$state"; then
-        anchor_fail "cannot write beside $file" "is its file system full?"
-        return 1
-    fi
-    rm -f "$state/error" "$state/hint"
+    local url="$1" file="$2" max="$3" state="$2.nfs"
+    anchor_nfs__begin || return 1
     (
         trap anchor_nfs_umount EXIT
         trap 'exit 143' HUP INT TERM
         anchor_nfs__attempt
     )
-    status=$?
+    anchor_nfs__end $?
+}
+
+# usage: anchor_nfs_place URL
+# Mounts the file's directory to stay. Sets anchor_fetch_placed to the file's path there, and anchor_fetch_size to its bytes.
+# Statuses 0, 1 and 2 as above; anchor_nfs_leave unmounts it.
+anchor_nfs_place() {
+    local url="$1" state="$ANCHOR_NFS_STAY.state" name anchor_nfs_dir="$ANCHOR_NFS_STAY" anchor_nfs_wait=hard
+    anchor_nfs__begin || return 1
+    anchor_nfs__mount
+    anchor_nfs__end $? || {
+        set -- $?
+        anchor_nfs_umount
+        return "$1"
+    }
+    # shellcheck disable=SC2034 # for anchor_fetch
+    anchor_fetch_placed=$anchor_nfs_file anchor_fetch_size=$anchor_nfs_size anchor_fetch_sized=1
+}
+
+# usage: anchor_nfs_leave
+# Unmounts what anchor_nfs_place has mounted: lazily where it is in use. What waits for the server then fails, each time that
+# an unmount is forced; a loop device asks again at once for its next block.
+anchor_nfs_leave() {
+    local anchor_nfs_dir="$ANCHOR_NFS_STAY" anchor_nfs_force='-icf -icf -icf -icf -icf -icf -icf -icf -icf -icf'
+    anchor_nfs_umount || anchor_warn "$anchor_nfs_dir cannot be unmounted"
+}
+
+# usage: anchor_nfs__begin
+# Makes the directory state, for what a subshell finds out. Reads url.
+anchor_nfs__begin() {
+    anchor_fetch_plain "$url"
+    if ! [ -d "$state" ] && ! mkdir -m 700 "$state"; then
+        anchor_fail "cannot write beside ${state%.*}" "is its file system full?"
+        return 1
+    fi
+    rm -f "$state/error" "$state/hint"
+}
+
+# usage: anchor_nfs__end STATUS
+# Says what state tells of an attempt that ended with STATUS, which it returns.
+anchor_nfs__end() {
     anchor_recall "$state/error"
     anchor_fetch_error=${anchor_recall:-the attempt was broken off}
     anchor_recall "$state/hint"
     anchor_fetch_hint=$anchor_recall
-    case $status in
-        0 | 2 | 3) return "$status" ;;
+    case $1 in
+        0 | 2 | 3) return "$1" ;;
         1) [ ! -s "$state/error" ] || anchor_fail "$anchor_fetch_error" "$anchor_fetch_hint" ;;
         *) return 2 ;;
     esac
     return 1
+}
+
+# usage: anchor_nfs__mount [EXTRA]
+# Mounts the file's directory, with EXTRA options, and finds the file in it. Sets name. Statuses 0, 1 and 2.
+anchor_nfs__mount() {
+    local limit="$anchor_fetch_connect_timeout"
+    anchor_nfs__parse || return 1
+    [ "$limit" -le "$anchor_fetch_left" ] || limit=$anchor_fetch_left
+    anchor_nfs_mount "$limit" "${1:-}" && anchor_nfs_file "$name" && return 0
+    anchor_nfs__tell
+    # The file may yet be put there, but most often its path is wrong.
+    case $anchor_nfs_final:$anchor_nfs_error in
+        1:* | *' is not there') return 1 ;;
+    esac
+    return 2
 }
 
 # usage: anchor_nfs__total FILE
@@ -43,18 +94,8 @@ anchor_nfs__total() {
 # Mounts the file's directory and appends what is missing. Reads url, file, max and state of anchor_nfs_run, whose
 # statuses it has.
 anchor_nfs__attempt() {
-    local name offset before limit
-    anchor_nfs__place || return 1
-    limit=$anchor_fetch_connect_timeout
-    [ "$limit" -le "$anchor_fetch_left" ] || limit=$anchor_fetch_left
-    if ! anchor_nfs_mount "$limit" "$(anchor_nfs__patience)" || ! anchor_nfs_file "$name"; then
-        anchor_nfs__tell
-        # The file may yet be put there, but most often its path is wrong.
-        case $anchor_nfs_final:$anchor_nfs_error in
-            1:* | *' is not there') return 1 ;;
-        esac
-        return 2
-    fi
+    local name offset before
+    anchor_nfs__mount "$(anchor_nfs__patience)" || return
     anchor_fetch_size "$file"
     offset=$anchor_fetch_size
     before=$anchor_nfs_identity
@@ -75,10 +116,10 @@ anchor_nfs__attempt() {
     anchor_nfs__whole
 }
 
-# usage: anchor_nfs__place
+# usage: anchor_nfs__parse
 # Takes the URL apart: sets anchor_nfs_server, anchor_nfs_path (the file's directory) and name. RFC 2224 counts the path
 # from the server's public file handle, which NFS 4 has not: here it counts from the server's root.
-anchor_nfs__place() {
+anchor_nfs__parse() {
     local rest="${url#*://}" port=''
     anchor_nfs_type=nfs
     anchor_nfs_server=${rest%%/*}

@@ -23,7 +23,7 @@ URL = "https://store.example/images/node.squashfs"
 SHA256 = "0" * 64
 
 LOAD = """
-for lib in report mounts memory params fetch fetch-mirrors fetch-digest fetch-room; do
+for lib in report mounts memory params fetch fetch-mirrors fetch-digest fetch-room verity; do
     . "$LIB/anchor-$lib.sh" || exit 9
 done
 . "$STAGE" || exit 9

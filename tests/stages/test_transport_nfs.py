@@ -37,6 +37,17 @@ status=$?
 [ "$status" -lt 2 ] || printf '%s\\n' "$anchor_fetch_error"
 (exit "$status")
 """
+PLACE = """
+anchor_fetch_left=$anchor_fetch_timeout anchor_fetch_error='' anchor_fetch_hint='' anchor_fetch_sized=''
+anchor_nfs_place "$1"
+status=$?
+[ "$status" -ne 0 ] || printf '%s\\n' "$anchor_fetch_placed $anchor_fetch_size $anchor_fetch_sized"
+[ "$status" -lt 2 ] || printf '%s\\n' "$anchor_fetch_error"
+[ "$status" -ne 0 ] || cmp "$anchor_fetch_placed" "$EXPORT/node.squashfs"
+[ "$status" -ne 0 ] || anchor_mounted "$ANCHOR_ROOT/run/anchor/nfs-image" || echo 'not there'
+[ -z "${2:-}" ] || anchor_nfs_leave
+(exit "$status")
+"""
 FETCH = """
 anchor_stage_for_scheme() {
     [ "$1" = nfs ] || return 1
@@ -258,3 +269,57 @@ def test_a_slow_copy_is_not_a_silent_one(dash: Node) -> None:
     status, said, _ = attempt(dash, URL.replace("node.squashfs", "slow"), fetch_stall=3)
     assert (status, said) == (0, "")
     assert data(dash).read_bytes() == DATA[:81920]
+
+
+def place(node: Node, url: str = URL, leave: str = "1", **parameters: str | int) -> tuple[int, str, str]:
+    done = node.run(PLACE, url, leave, **{**DEFAULTS, **parameters})
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+def test_a_file_in_place_stays_until_it_is_left(node: Node) -> None:
+    stays = f"{node.shell.root}/run/anchor/nfs-image"
+    found = f"{stays}/node.squashfs {len(DATA)} 1"
+    assert place(node) == (0, found, "")
+    assert place(node, leave="") == (0, f"{found}\nleft mounted: {stays}", "")
+    mount, _ = node.mounts()
+    options = set(mount.split()[3].split(","))
+    # It waits for its server as a root does; nothing but the options of the site limits a request.
+    assert {"ro", "nosuid", "nodev", "noexec", "hard", "nolock", "vers=4.2"} <= options
+    assert not [option for option in options if option.startswith(("timeo", "retrans", "soft"))]
+    assert mount.split()[-2:] == ["nfs.example:/export/images", stays]
+
+
+def test_what_cannot_be_in_place_is_unmounted_again(node: Node) -> None:
+    os.mkfifo(node.export / "pipe")
+    (node.export / "out").symlink_to("/etc/passwd")
+    for name, reason in (
+        ("pipe", "is not a regular file"),
+        ("out", "is a link that leads out of the export"),
+        ("nothing", "is not there"),
+    ):
+        status, left, said = place(node, URL.replace("node.squashfs", name), leave="")
+        assert (status, left) == (1, "")
+        assert f"nfs.example:/export/images/{name} {reason}" in said
+    assert place(node, "nfs://nfs.example/x/../y", leave="")[0] == 1
+
+
+def test_a_place_whose_server_may_come_back_is_tried_again(dash: Node) -> None:
+    dash.mount_says("any|mount.nfs4: Connection refused\n")
+    assert place(dash)[:2] == (2, "cannot mount nfs.example:/export/images: Connection refused")
+    dash.mount_says("4.2|mount.nfs4: Protocol not supported\n")
+    assert place(dash)[0] == 0
+    assert [mount.split()[3].split("vers=")[1] for mount in dash.mounts()[-2:]] == ["4.2", "4.1"]
+
+
+def test_options_that_contradict_a_place(dash: Node) -> None:
+    assert place(dash, nfs_options="hard,timeo=100,rsize=65536")[2] == ""
+    assert ",hard,retry=0,sec=sys,nolock,timeo=100,rsize=65536,vers=4.2 " in dash.mounts()[0]
+    assert "the NFS option soft has no effect" in place(dash, nfs_options="soft")[2]
+
+
+def test_a_slow_mount_of_a_place_is_given_up(dash: Node) -> None:
+    dash.mount_does("exec sleep 60")
+    assert place(dash, fetch_connect_timeout=1)[:2] == (
+        2,
+        "cannot mount nfs.example:/export/images: no answer within 1 s",
+    )

@@ -78,7 +78,8 @@ def test_an_image_stage_brings_the_transport_without_which_it_is_idle() -> None:
     stages = choose_stages(registry, [registry.find("image", "squashfs")])
     assert [stage.id for stage in stages] == ["anchor", "transport-https", "image-squashfs"]
     image = make_packages(stages, "fedora")[-1]
-    assert relations(image, "Requires") == ["anchor-dracut-transport-https = %{version}-%{release}"]
+    own = {"coreutils", "device-mapper", "util-linux"}
+    assert set(relations(image, "Requires")) - own == {"anchor-dracut-transport-https = %{version}-%{release}"}
     alone = choose_stages(registry, [registry.find("auth", "acme")])
     assert [stage.id for stage in alone] == ["anchor", "auth-acme"]
 

@@ -119,14 +119,15 @@ class Node:
 
 
 @contextmanager
-def booted(site: Site, machine: qemu.Machine, tmp_path: Path) -> Iterator[Node]:
-    """Boot a node to multi-user and log in to it."""
+def booted(site: Site, machine: qemu.Machine, tmp_path: Path, inside: str = "") -> Iterator[Node]:
+    """Boot a node to multi-user and log in to it; `inside` is a command that runs another where QEMU's ports are."""
     with qemu.running(machine, timeout=LIMIT_S, console=tmp_path / "console.log") as result:
         config = tmp_path / "ssh_config"
         config.write_text(
             f"Host node\n HostName 127.0.0.1\n Port {result.forwards[22]}\n User root\n"
             f" IdentityFile {site.login_key.resolve()}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
             " LogLevel ERROR\n"
+            + (f" ProxyCommand {inside} socat - TCP4:127.0.0.1:{result.forwards[22]}\n" if inside else "")
         )
         # A busy machine's node may need more than testinfra's 10 s to answer, which ssh takes before its configuration.
         yield Node(result, testinfra.get_host("ssh://node?timeout=90", ssh_config=str(config)))

@@ -30,7 +30,7 @@ SHARED = "trixie"
 PACKAGES = (
     *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "dash", "dracut-core", "dracut-network", "cpio", "zstd"),
     *("iproute2", "iputils-arping", "network-manager", "chrony", "ca-certificates", "curl", "openssl", "uacme"),
-    *("socat", "e2fsprogs"),
+    *("socat", "e2fsprogs", "dmsetup"),
 )
 # What only some releases have: systemd's resolver as a package of its own, the client of network-legacy, switch_root in
 # a package that not every system has.

@@ -1,7 +1,8 @@
 """A node that has its credentials and its image from an NFS server: the kernel's own client, which this host may lack.
 
 One boot tries everything. The real auth stage finds a half-copied key at first. Then a stage of this test's own
-(tests/fixtures/nfs_cases) drives the real transport through what can go wrong, and at last boots the image by NFS.
+(tests/fixtures/nfs_cases) drives the real transport through what can go wrong, and the kernel's dm-verity, which this
+host may lack, too. At last it boots an image that stays on the server, each block checked when it is read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from anchor_build import qemu
-from anchor_build.bootwatch import BootResult
 from anchor_build.events import End
 from contrib.site import pki
 from tests.conftest import TOP
-from tests.integration.conftest import LIMIT_S, BuildInitramfs, Site
+from tests.integration.conftest import WRONG_SHA256, BuildInitramfs, Node, Site, booted
 from tests.stages.nfs_server import Export, nfs_server
+from tests.stages.verity_image import BLOCK, VerityImage, add_tree
 
 pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
@@ -32,11 +33,12 @@ SMALL = b"small " * 500
 
 @dataclass(frozen=True)
 class Booted:
-    """How the node booted, its console, and what its steps noted."""
+    """The node, its console, what its steps noted, and the image that it should have."""
 
-    result: BootResult
+    node: Node
     console: str
     notes: dict[str, str]
+    image: VerityImage
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,8 @@ def leaf(site: Site, tmp_path_factory: pytest.TempPathFactory) -> pki.Leaf:
     return pki.issue(site.authority, tmp_path_factory.mktemp("nfs-leaf"), "node1", client=True)
 
 
-def make_exports(top: Path, site: Site, leaf: pki.Leaf) -> dict[str, Export]:
-    """Make what is served: whole files, files that are not, and the site's image."""
+def make_exports(top: Path, leaf: pki.Leaf) -> dict[str, Export]:
+    """Make what is served: whole files, and files that are not."""
     data, auth, denied = (top / name for name in ("data", "auth", "denied"))
     for directory in (data, auth, denied):
         directory.mkdir(parents=True)
@@ -55,7 +57,6 @@ def make_exports(top: Path, site: Site, leaf: pki.Leaf) -> dict[str, Export]:
     os.mkfifo(data / "pipe")
     with (data / "large").open("wb") as large:
         large.truncate(1500 << 20)
-    shutil.copyfile(site.root_image.squashfs, data / "image.squashfs")
     (denied / "file").write_bytes(SMALL)
     (auth / "node1.crt").write_bytes(leaf.certificate.read_bytes())
     whole = leaf.key.read_bytes()
@@ -75,6 +76,19 @@ def finish_copy(console: Path, key: Path, whole: bytes, stop: threading.Event) -
         time.sleep(0.2)
 
 
+def make_image(site: Site, data: Path) -> VerityImage:
+    """Serve the site's image with a hash tree; and once more with one bit changed, in its block 777."""
+    image = add_tree(site.root_image.squashfs, data / "image.squashfs")
+    flipped = data / "flipped.squashfs"
+    shutil.copyfile(image.file, flipped)
+    with flipped.open("r+b") as file:
+        file.seek(777 * BLOCK)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    return image
+
+
 @pytest.fixture(scope="module")
 def booted_node(
     site: Site, leaf: pki.Leaf, build_initramfs: BuildInitramfs, tmp_path_factory: pytest.TempPathFactory
@@ -85,7 +99,8 @@ def booted_node(
         *("--image", "squashfs", "--image", "nfs-cases"),
     )
     console = top / "console.log"
-    exports = make_exports(top / "exports", site, leaf)
+    exports = make_exports(top / "exports", leaf)
+    image = make_image(site, exports["/data"].path)
     with nfs_server(top / "server", exports) as server, pytest.MonkeyPatch.context() as patch:
         wrapper = server.wrapped(Path(qemu.find_qemu()), top / "bin")
         patch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
@@ -93,7 +108,8 @@ def booted_node(
             f"root=anchor nfs_mount=nfs4:10.0.2.2:/auth:port={server.port},hard "
             "nfs_files=node1.crt:/client.cert,node1.key:/client.key,token:/run/anchor/credentials/site.token "
             f"rd.anchor.nfs-cases.server=10.0.2.2:{server.port} rd.anchor.nfs-cases.mountport={server.mount_port} "
-            f"rd.anchor.squashfs.url=nfs://10.0.2.2:{server.port}/data/image.squashfs {site.digest} "
+            f"rd.anchor.squashfs.url=nfs://10.0.2.2:{server.port}/data/image.squashfs "
+            f"rd.anchor.squashfs.verity={image.root_hash} rd.anchor.nfs-cases.wrong={WRONG_SHA256} "
             "rd.anchor.image=nfs-cases rd.anchor.on_failure=poweroff"
         )
         stop = threading.Event()
@@ -104,19 +120,44 @@ def booted_node(
         )
         copier.start()
         try:
-            machine = site.machine(initrd, append)
-            result = qemu.boot(machine, timeout=LIMIT_S, until="switch-root", console=console)
+            with booted(site, site.machine(initrd, append), top, server.inside) as node:
+                ends = [event for event in node.result.events if isinstance(event, End)]
+                notes = {key: str(value) for event in ends for key, value in event.notes.items()}
+                yield Booted(node, console.read_text(encoding="utf-8", errors="replace"), notes, image)
         finally:
             stop.set()
             copier.join(10)
-        notes = {k: str(v) for event in result.events if isinstance(event, End) for k, v in event.notes.items()}
-        yield Booted(result, console.read_text(encoding="utf-8", errors="replace"), notes)
 
 
-def test_the_node_boots_from_nfs(booted_node: Booted, site: Site) -> None:
-    assert booted_node.result.ok, booted_node.console[-6000:]
-    assert booted_node.notes["url"].startswith("nfs://10.0.2.2:")
-    assert booted_node.notes["sha256"] == site.root_image.sha256
+def test_the_root_is_read_on_the_server(booted_node: Booted) -> None:
+    node, image = booted_node.node, booted_node.image
+    mounts = {line.split()[1]: line.split() for line in node.host.check_output("cat /proc/self/mounts").splitlines()}
+    device, _, kind, options, *_ = mounts["/run/anchor/lower"]
+    assert (device, kind, options.split(",")[0]) == ("/dev/mapper/anchor-image", "squashfs", "ro")
+    assert mounts["/"][2] == "overlay"
+    device, _, kind, options, *_ = mounts["/run/anchor/nfs-image"]
+    assert (device, kind) == ("10.0.2.2:/data", "nfs4")
+    assert {"ro", "hard", "nosuid", "nodev", "noexec"} <= set(options.split(","))
+    below = node.host.check_output("cat /sys/block/dm-0/dm/name /sys/block/dm-0/slaves/loop*/loop/backing_file")
+    assert below.split() == ["anchor-image", "/run/anchor/nfs-image/image.squashfs"]
+    # All of it is there, and none of it is kept in a file system of memory.
+    digest = hashlib.sha256(image.file.read_bytes()[: image.data_size]).hexdigest()
+    assert node.host.check_output("sha256sum </dev/mapper/anchor-image").split()[0] == digest
+    assert "/run/anchor/image" not in mounts
+    shared = node.host.check_output("sed -n 's/^Shmem: *//p' /proc/meminfo").split()
+    assert int(shared[0]) * 1024 < image.data_size / 4
+
+
+def test_the_booted_system_waits_for_nothing_and_nothing_failed(booted_node: Booted) -> None:
+    assert booted_node.node.host.check_output("systemctl list-units --failed --no-legend --plain") == ""
+    assert booted_node.node.host.check_output("systemctl list-jobs --no-legend --plain") == ""
+
+
+def test_the_report_says_where_the_image_is(booted_node: Booted) -> None:
+    notes = booted_node.notes
+    assert notes["url"].startswith("nfs://10.0.2.2:")
+    assert (notes["verity"], notes["format"], notes["in_place"]) == (booted_node.image.root_hash, "squashfs", "yes")
+    assert "sha256" not in notes
 
 
 def test_credentials_are_taken_when_they_are_whole(booted_node: Booted, leaf: pki.Leaf) -> None:
@@ -152,6 +193,25 @@ CASES = {
     "silent": "2 cannot mount 10.0.2.2:/data: no answer within 3 s",
     "alive": WHOLE,
 }
+
+
+def test_blocks_of_another_image_are_refused(booted_node: Booted) -> None:
+    notes = booted_node.notes
+    assert notes["case-wrong-root"] == (
+        f"1 the image is not the one of the root hash {WRONG_SHA256}: its first block does not check out"
+    )
+    # Mounted, and all blocks are read that have not been changed.
+    assert notes["case-flipped"] == "1 777"
+    for case in ("wrong-root", "flipped", "place-silent", "place-dead"):
+        assert notes[f"mounts-{case}"] == "left:"
+        assert notes[f"devices-{case}"] == "left:No devices found"
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(booted_node: Booted) -> None:
+    notes = booted_node.notes
+    assert notes["case-place-silent"] == "2 cannot mount 10.0.2.2:/data: no answer within 3 s"
+    assert notes["case-place-dead"] == "1 no answer within 1 s when the image was read"
+    assert int(notes["ms-place-dead"]) < 60_000
 
 
 @pytest.mark.parametrize("case", CASES)

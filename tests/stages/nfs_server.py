@@ -53,11 +53,16 @@ class NfsServer:
     port: int = NFS_PORT
     mount_port: int = MOUNT_PORT
 
+    @property
+    def inside(self) -> str:
+        """The command that runs another in the server's network."""
+        return f"nsenter --net=/proc/{self.pid}/ns/net --"
+
     def wrapped(self, program: Path, directory: Path) -> Path:
         """Make a program in `directory` that is `program`, run in the server's network."""
         directory.mkdir()
         wrapper = directory / program.name
-        wrapper.write_text(f'#!/bin/sh\nexec nsenter --net=/proc/{self.pid}/ns/net -- {program} "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec {self.inside} {program} "$@"\n')
         wrapper.chmod(0o755)
         return wrapper
 

@@ -43,7 +43,7 @@ main() {
             ;;
         bench)
             shift
-            prepare build rpm demo bench
+            prepare build rpm demo test bench
             cd "$here"
             exec "$venv/bin/python" -m tests.bench "$@"
             ;;

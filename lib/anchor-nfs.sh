@@ -101,6 +101,7 @@ anchor_nfs_mount() {
     [ "$patience" = hard ] || patience=soft,timeo=30,retrans=2
     anchor_nfs__databases
     modprobe -q nfs 2>/dev/null
+    anchor_nfs__identify
     anchor_uptime_ms
     until=$((anchor_uptime_ms + limit * 1000))
     for version in $anchor_nfs_versions; do
@@ -243,6 +244,17 @@ anchor_nfs__guard() {
         [ $((anchor_fetch_size - before)) -ge $(($3 * 1024)) ] || kill "$1"
     done
 }
+
+# usage: anchor_nfs__identify
+# Gives the node an identity of its own, unless nfs.nfs4_unique_id= did. An NFS 4 server knows a client by the name that the
+# node has when it mounts first. Nodes without one, as in an initramfs, would be one client to it, which comes back again and
+# again, and would take each other's sessions away (Documentation/filesystems/nfs/client-identifier.rst of the kernel).
+anchor_nfs__identify() {
+    local file="${ANCHOR_ROOT:-}/sys/module/nfs/parameters/nfs4_unique_id"
+    [ -w "$file" ] || return 0
+    anchor_recall "$file"
+    [ -n "$anchor_recall" ] || cat /proc/sys/kernel/random/boot_id >"$file"
+} 2>/dev/null
 
 # usage: anchor_nfs__databases
 # Writes what mount.nfs looks protocols up in, where the initramfs has none: without either file it knows not even TCP.

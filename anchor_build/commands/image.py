@@ -61,7 +61,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--verity",
     is_flag=True,
     help="Append a hash tree (dm-verity), and name its root hash in the manifest: nodes then read the image in place"
-    " where they can reach it, over NFS say. Initramfs of before do not accept such a manifest. Needs veritysetup.",
+    " where they can reach it, over NFS say. Initramfs built before this option was known refuse such a manifest."
+    " Needs veritysetup.",
 )
 @click.option("--valid-for", metavar="TIME", help="How long nodes may use the manifest, such as 30d.")
 @click.option(

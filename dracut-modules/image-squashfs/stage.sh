@@ -127,6 +127,10 @@ anchor_squashfs__places() {
     local url left='' others='' count=0 told='' hint=''
     for url in $urls; do
         if anchor_fetch_placeable "$url"; then
+            # Most often, the place beside the manifest is one that the manifest names.
+            case " $left " in
+                *" $url "*) continue ;;
+            esac
             left="$left $url"
             count=$((count + 1))
         else
@@ -217,12 +221,25 @@ anchor_squashfs_mount() {
 # system's type, anchor_squashfs__used to the bytes that it has, and anchor_squashfs__size to the file's; keeps the type for
 # the mount, and notes it. FILE may be on a server: then SIZE is given, and nothing waits for ever.
 anchor_squashfs__check() {
-    local used
+    local used head
     anchor_squashfs__size=${2:-}
     [ -n "$anchor_squashfs__size" ] || anchor_squashfs__size=$(stat -L -c %s "$1")
     # The superblock of a squashfs is in its first 96 bytes. erofs leaves 1024 bytes to boot loaders, then comes its own.
-    # shellcheck disable=SC2046 # od prints numbers
-    set -- $(timeout -k 2 "$ANCHOR_VERITY_LIMIT" od -A n -v -t u1 -N 1064 "$1" 2>/dev/null </dev/null)
+    head=$(timeout -k 2 "$ANCHOR_VERITY_LIMIT" od -A n -v -t u1 -N 1064 "$1" 2>/dev/null </dev/null)
+    case $? in
+        0) ;;
+        124 | 137)
+            anchor_fail "no answer within $ANCHOR_VERITY_LIMIT s when the image was read" "does its server still run?"
+            return 1
+            ;;
+        *)
+            anchor_fail "the image cannot be read" \
+                "see the file's mode, and whether the export squashes root: the node's root reads it"
+            return 1
+            ;;
+    esac
+    # shellcheck disable=SC2086 # od prints numbers
+    set -- $head
     if [ $# -lt 1028 ] || [ "${1025} ${1026} ${1027} ${1028}" != '226 225 245 224' ]; then
         anchor_squashfs__squashfs "$@" || return 1
     else

@@ -144,7 +144,7 @@ def build_ours(site: image.SiteImage, ca: Path, output: Path, auth: str, *option
 
 def add_tree(squashfs: Path, output: Path) -> str:
     """Make the same image with a hash tree, with the command that a user runs; return the tree's root hash."""
-    told = run([*ANCHOR_BUILD, "--json", "image", squashfs, "--verity", "-o", output]).stdout
+    told = run([*ANCHOR_BUILD, "image", squashfs, "--verity", "--json", "-o", output]).stdout
     return str(json.loads(told)["verity"])
 
 

@@ -148,6 +148,12 @@ def test_the_root_is_read_on_the_server(booted_node: Booted) -> None:
     assert int(shared[0]) * 1024 < image.data_size / 4
 
 
+def test_the_server_knows_the_node_from_others(booted_node: Booted) -> None:
+    files = "/sys/module/nfs/parameters/nfs4_unique_id /proc/sys/kernel/random/boot_id"
+    identity, boot = booted_node.node.host.check_output(f"cat {files}").split()
+    assert identity == boot
+
+
 def test_the_booted_system_waits_for_nothing_and_nothing_failed(booted_node: Booted) -> None:
     assert booted_node.node.host.check_output("systemctl list-units --failed --no-legend --plain") == ""
     assert booted_node.node.host.check_output("systemctl list-jobs --no-legend --plain") == ""

@@ -323,3 +323,13 @@ def test_a_slow_mount_of_a_place_is_given_up(dash: Node) -> None:
         2,
         "cannot mount nfs.example:/export/images: no answer within 1 s",
     )
+
+
+@pytest.mark.parametrize("given", ["", "chosen-on-the-command-line"])
+def test_each_node_is_a_client_of_its_own(node: Node, given: str) -> None:
+    """Without an id, NFS 4 servers know nodes by their names, and in an initramfs all have the same."""
+    identity = node.shell.root / "sys/module/nfs/parameters/nfs4_unique_id"
+    identity.parent.mkdir(parents=True)
+    identity.write_text(f"{given}\n")
+    assert place(node)[0] == 0
+    assert identity.read_text().strip() == (given or Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -92,7 +92,7 @@ anchor_fetch__choose() {
             ;;
     esac
     first=
-    anchor_fetch__without "$n" "$queue"
+    anchor_fetch_without "$n" "$queue"
     queue=$anchor_fetch_rest
     IFS= read -r url <"$work/$n.url"
     anchor_fetch_plain "$url"
@@ -110,9 +110,9 @@ anchor_fetch_pick() {
     anchor_fetch_picked=$1
 }
 
-# usage: anchor_fetch__without WORD WORDS
+# usage: anchor_fetch_without WORD WORDS
 # Sets anchor_fetch_rest to WORDS without WORD.
-anchor_fetch__without() {
+anchor_fetch_without() {
     local each
     anchor_fetch_rest=
     for each in $2; do
@@ -153,7 +153,7 @@ anchor_fetch__drop() {
     [ -e "$work/error" ] || anchor_fail "$anchor_fetch_url failed without saying why"
     mv -f "$work/error" "$work/$n.error"
     mv -f "$work/hint" "$work/$n.hint"
-    anchor_fetch__without "$n" "$mirrors"
+    anchor_fetch_without "$n" "$mirrors"
     mirrors=$anchor_fetch_rest
     [ -n "$mirrors" ] && [ "$count" -gt 1 ] || return 0
     anchor_fetch__tell "$n"

@@ -51,7 +51,7 @@ anchor_fetch() {
 # What anchor_fetch and anchor_fetch_stream share. Reads sink, a function that takes the bytes; without it they go to DEST.
 anchor_fetch__download() {
     local urls="$1" dest="$2" want="${3:-}" expected="${4:-}" unbounded="${5:-}" work="$2.fetch" file="$2.fetch/data"
-    local digester='' start deadline status
+    local digester='' start deadline status tries
     # Another run may have been cut off here, and an older image would take memory from the new one.
     if { [ -d "$work" ] && ! rm -rf "${work:?}"; } || ! anchor_remove "$work" "$dest" || ! mkdir -m 700 "$work"; then
         anchor_fail "cannot write beside $dest" "is its file system mounted and writable?"
@@ -85,7 +85,12 @@ anchor_fetch__download() {
     fi
     anchor_recall "$work/bytes"
     anchor_fetch_size=${anchor_recall:-0}
-    rm -rf "${work:?}"
+    # What takes the digest goes on as long as this directory is there. Where the end came early, it may be making a file in it
+    # this moment, of which rm knows nothing yet.
+    for tries in 1 2 3 4 5; do
+        rm -rf "${work:?}" 2>/dev/null && break
+        sleep 0.2
+    done
     [ "$status" -eq 0 ]
 }
 

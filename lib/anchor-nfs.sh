@@ -134,9 +134,9 @@ anchor_nfs_mount() {
 }
 
 # usage: anchor_nfs_umount
-# Takes anchor_nfs_dir away, lazily where the server does not answer any more, and never waits longer than 6 s: an
-# unmount of a dead server may hang in the kernel, so it runs beside this shell. anchor_nfs_force are the flags of further
-# tries, before the lazy one. Status 1 if it is still mounted.
+# Takes anchor_nfs_dir away, lazily where the server does not answer any more. An unmount of a dead server may hang in the
+# kernel, so it runs beside this shell, and each try is waited for 3 s: two tries, and between them one for each of the flags
+# in anchor_nfs_force. Status 1 if it is still mounted.
 anchor_nfs_umount() {
     local flags tries
     for flags in -ic $anchor_nfs_force -icfl; do

@@ -20,7 +20,9 @@ ANCHOR_VERITY_LIMIT=30
 anchor_verity_ready() {
     local modules="${ANCHOR_ROOT:-}/sys/module"
     # All that can do SHA-256: with the processor's own instructions it takes a fraction of the time.
-    [ -d "$modules/dm_verity" ] || modprobe -q -a loop dm-verity crypto-sha256 </dev/null >/dev/null 2>&1
+    if ! [ -d "$modules/loop" ] || ! [ -d "$modules/dm_verity" ]; then
+        modprobe -q -a loop dm-verity crypto-sha256 </dev/null >/dev/null 2>&1
+    fi
     [ -d "$modules/dm_verity" ]
 }
 
@@ -29,17 +31,23 @@ anchor_verity_ready() {
 # report; then nothing is left.
 anchor_verity_open() {
     local file="$1" size="$2" root="$4" blocks=$((($3 + 4095) / 4096)) salt loop error
+    local says="${ANCHOR_ROOT:-}/run/anchor/verity.error"
     anchor_verity__superblock || return 1
     # What an earlier try left.
     if ! anchor_verity_close; then
         anchor_fail "cannot set up dm-verity: another device $ANCHOR_VERITY_NAME is in use" "see what is mounted from it"
         return 1
     fi
-    loop=$(timeout -k 2 "$ANCHOR_VERITY_LIMIT" losetup -r -f --show "$file" 2>&1 </dev/null)
-    case $loop in
-        /dev/loop*) ;;
-        *)
-            anchor_fail "cannot make a loop device of the image: ${loop:-no answer within $ANCHOR_VERITY_LIMIT s}" \
+    anchor_verity__detach "$file"
+    anchor_verity__hide
+    # It may warn of a size that is no multiple of 512, and go on.
+    loop=$(timeout -k 2 "$ANCHOR_VERITY_LIMIT" losetup -r -f --show "$file" 2>"$says" </dev/null)
+    anchor_recall "$says"
+    rm -f "$says"
+    case ${loop#/dev/loop} in
+        '' | *[!0-9]*)
+            anchor_verity__detach "$file"
+            anchor_fail "cannot make a loop device of the image: ${anchor_recall:-no answer within $ANCHOR_VERITY_LIMIT s}" \
                 "is the file still there, and may this node read it?"
             return 1
             ;;
@@ -59,7 +67,7 @@ anchor_verity_open() {
 *}" "see dmesg for what the kernel says of device-mapper"
         return 1
     fi
-    anchor_verity__node && anchor_verity__look && return 0
+    anchor_verity_node && anchor_verity__look && return 0
     anchor_verity_close
     return 1
 }
@@ -89,6 +97,31 @@ anchor_verity_close() {
     done
     # Where udev has not made it.
     [ ! -L "$ANCHOR_VERITY_DEVICE" ] || rm -f "$ANCHOR_VERITY_DEVICE"
+}
+
+# usage: anchor_verity__detach FILE
+# Takes away loop devices of FILE that an earlier try left, broken off before anything used them; one that is used stays.
+anchor_verity__detach() {
+    local each
+    for each in "${ANCHOR_ROOT:-}"/sys/block/loop*/loop/backing_file; do
+        anchor_recall "$each"
+        each=${each%/loop/backing_file}
+        [ "$anchor_recall" != "$1" ] || losetup -d "/dev/${each##*/}" 2>/dev/null </dev/null
+    done
+}
+
+# usage: anchor_verity__hide
+# Keeps udev, here and in the booted system, from looking for file systems and volumes on the loop device itself: what is there
+# has not been checked, and whoever serves the file may put there later what looks like a volume of the node's own.
+anchor_verity__hide() {
+    local dir="${ANCHOR_ROOT:-}/run/udev/rules.d"
+    (
+        umask 022
+        mkdir -p "$dir" && printf '%s, %s, %s\n' \
+            'SUBSYSTEM=="block", KERNEL=="loop*", ATTR{loop/backing_file}=="/run/anchor/*"' \
+            'ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1", ENV{SYSTEMD_READY}="0"' 'OPTIONS+="nowatch"' \
+            >"$dir/00-anchor-image.rules"
+    ) 2>/dev/null
 }
 
 # usage: anchor_verity__there
@@ -167,9 +200,10 @@ anchor_verity__refuse() {
         "make the image anew: anchor-build image --verity"
 }
 
-# usage: anchor_verity__node
-# Sees to it that ANCHOR_VERITY_DEVICE leads to the device: dmsetup makes it, unless it leaves that to udev.
-anchor_verity__node() {
+# usage: anchor_verity_node
+# Sees to it that ANCHOR_VERITY_DEVICE leads to the device: dmsetup makes it, unless it leaves that to udev. Status 1 with a
+# report.
+anchor_verity_node() {
     local file tries=50
     while [ ! -e "$ANCHOR_VERITY_DEVICE" ]; do
         if [ "$tries" -eq 0 ]; then
@@ -188,22 +222,39 @@ anchor_verity__node() {
 }
 
 # usage: anchor_verity__look
-# Reads the first block, which shows whether this is the image of the root hash. Not by timeout(1): a reader of a device below
-# which a server has fallen silent does not end even when it is killed.
+# Reads the first block, which shows whether this is the image of the root hash.
 anchor_verity__look() {
-    local until looking
+    anchor_verity_within dd if="$ANCHOR_VERITY_DEVICE" of=/dev/null bs=4096 count=1 iflag=fullblock >/dev/null 2>&1
+    case $? in
+        0) ;;
+        124) anchor_verity_silent read ;;
+        *)
+            anchor_fail "the image is not the one of the root hash $root: its first block does not check out" \
+                "someone changed the file, or the root hash is that of another version; dmesg has the kernel's words"
+            ;;
+    esac
+}
+
+# usage: anchor_verity_within COMMAND [ARGUMENT...]
+# Runs what reads the device, and returns its status, or 124 where it has not ended after ANCHOR_VERITY_LIMIT seconds. Not by
+# timeout(1): who reads a device below which a server has fallen silent does not end even when it is killed. Its output may
+# not go through a pipe, at whose other end somebody waits for it.
+anchor_verity_within() {
+    local until running
     anchor_uptime_ms
     until=$((anchor_uptime_ms + ANCHOR_VERITY_LIMIT * 1000))
-    dd if="$ANCHOR_VERITY_DEVICE" of=/dev/null bs=4096 count=1 iflag=fullblock >/dev/null 2>&1 </dev/null &
-    looking=$!
-    while kill -0 "$looking" 2>/dev/null && [ "$anchor_uptime_ms" -lt "$until" ]; do
+    "$@" </dev/null &
+    running=$!
+    while kill -0 "$running" 2>/dev/null && [ "$anchor_uptime_ms" -lt "$until" ]; do
         sleep 0.02
         anchor_uptime_ms
     done
-    if kill -KILL "$looking" 2>/dev/null; then
-        anchor_fail "no answer within $ANCHOR_VERITY_LIMIT s when the image was read" "does its server still run?"
-    elif ! wait "$looking"; then
-        anchor_fail "the image is not the one of the root hash $root: its first block does not check out" \
-            "someone changed the file, or the root hash is that of another version; dmesg has the kernel's words"
-    fi
+    ! kill -KILL "$running" 2>/dev/null || return 124
+    wait "$running"
+}
+
+# usage: anchor_verity_silent WHAT
+# Says that there was no answer when the image was WHAT. Always returns 1.
+anchor_verity_silent() {
+    anchor_fail "no answer within $ANCHOR_VERITY_LIMIT s when the image was $1" "does its server still run?"
 }

@@ -11,7 +11,7 @@
 # usage: anchor_squashfs_run
 # Reads $anchor_squashfs_url, $anchor_squashfs_mirrors, $anchor_squashfs_sha256 and $anchor_squashfs_verity, or instead of
 # them what the manifest says. Leaves /run/anchor/image/image, complete and read-only: the image itself, or a link to where it
-# is in place; and /run/anchor/image.verity, the root hash, where the device of anchor-verity.sh is to be mounted instead.
+# is in place; and /run/anchor/image.from where the device of anchor-verity.sh, which that names, is to be mounted instead.
 # Safe to repeat. On failure it unmounts the tmpfs, which frees the memory.
 anchor_squashfs_run() {
     anchor_untraced anchor_squashfs__run
@@ -77,10 +77,11 @@ anchor_squashfs__run() {
 }
 
 # usage: anchor_squashfs__free
-# Unmounts the image and takes away all that is below it. Reads dir.
+# Unmounts the image and takes away all that is below it. Reads dir. Where a server has fallen silent that may take a minute,
+# and leave the device behind, of which DIR.verity then still tells.
 anchor_squashfs__free() {
     local tries
-    anchor_remove "$dir.of" "$dir.format"
+    anchor_remove "$dir.of" "$dir.format" "$dir.from"
     anchor_memory_unmount "$dir"
     if [ -e "$dir.verity" ]; then
         # Where its server has fallen silent, only the end of the export lets go who still reads.
@@ -122,9 +123,10 @@ anchor_squashfs__link() {
 }
 
 # usage: anchor_squashfs__places
-# The same with a root hash: tries all places that can be reached, in random order, and leaves the others in urls.
+# The same with a root hash: tries all places that can be reached, in random order, and leaves the others in urls. The places
+# share the attempts and the time that a download may take; that begins anew where none of them will do.
 anchor_squashfs__places() {
-    local url left='' others='' count=0 told='' hint=''
+    local url left='' others='' count=0 told='' hint='' error
     for url in $urls; do
         if anchor_fetch_placeable "$url"; then
             # Most often, the place beside the manifest is one that the manifest names.
@@ -141,16 +143,18 @@ anchor_squashfs__places() {
     while [ -n "$left" ]; do
         # shellcheck disable=SC2086 # URLs, without blanks
         anchor_fetch_pick $left
-        anchor_fetch__without "$anchor_fetch_picked" "$left"
+        anchor_fetch_without "$anchor_fetch_picked" "$left"
         left=$anchor_fetch_rest
+        anchor_remove "$dir.error" "$dir.hint"
         anchor_squashfs__try "$anchor_fetch_picked" "$count" && return 0
         anchor_recall "$dir.hint"
         hint=$anchor_recall
         anchor_recall "$dir.error"
-        told="$told${told:+; }$anchor_recall"
+        error=${anchor_recall:-the attempt was broken off}
+        told="$told${told:+; }$error"
         anchor_remove "$dir.error" "$dir.hint"
         anchor_squashfs__free
-        [ -z "$left" ] || anchor_warn "the image cannot be used in place: $anchor_recall; trying another place"
+        [ -z "$left" ] || anchor_warn "the image cannot be used in place: $error; trying another place"
     done
     if [ -z "$others" ]; then
         [ "$count" -eq 1 ] || told="none of the $count places has the image: $told"
@@ -188,31 +192,56 @@ anchor_squashfs__try() {
 
 # usage: anchor_squashfs__verify FILE
 # Puts dm-verity over FILE, of which anchor_squashfs__check has been told what it says, and looks at the file system once more,
-# through it. Reads dir and verity.
+# through it: what it says now is true, and so is the number of blocks that the device was made of. Reads dir and verity.
 anchor_squashfs__verify() {
+    local blocks=$(((anchor_squashfs__used + 4095) / 4096))
     anchor_keep "$dir.verity" "$verity"
     anchor_verity_open "$1" "$anchor_squashfs__size" "$anchor_squashfs__used" "$verity" &&
-        anchor_squashfs__check "$ANCHOR_VERITY_DEVICE" "$anchor_squashfs__size" && anchor_note verity "$verity"
+        anchor_squashfs__check "$ANCHOR_VERITY_DEVICE" "$anchor_squashfs__size" || return 1
+    if [ $(((anchor_squashfs__used + 4095) / 4096)) -ne "$blocks" ]; then
+        anchor_fail "the image's file system has another size than its server said at first" \
+            "someone changes the file; leave published images as they are"
+        return 1
+    fi
+    anchor_note verity "$verity"
+    anchor_keep "$dir.from" "$ANCHOR_VERITY_DEVICE"
 }
 
 # usage: anchor_squashfs_mount DIR
 # Mounts the image read-only on DIR. Safe to repeat. On failure it frees the image's memory.
 anchor_squashfs_mount() {
-    local dir="${ANCHOR_ROOT:-}/run/anchor/image" from hint='does this kernel have loop and'
+    local dir="${ANCHOR_ROOT:-}/run/anchor/image" hint='does this kernel have loop and'
     anchor_mounted "$1" && return 0
     # What the run has found, which was another process.
     anchor_recall "$dir.format"
     anchor_squashfs__format=$anchor_recall
-    from=$dir/image
-    if [ -e "$dir.verity" ]; then
-        from=$ANCHOR_VERITY_DEVICE
+    [ -n "$anchor_recall" ] || anchor_squashfs__check "$dir/image" || return 1
+    anchor_recall "$dir.from"
+    if [ -n "$anchor_recall" ]; then
         hint='is the whole image the one of the root hash, and does this kernel have'
+        anchor_verity_node || return 1
+        anchor_verity_within anchor_squashfs__mount "$ANCHOR_VERITY_DEVICE" "$1"
+    else
+        anchor_squashfs__mount "$dir/image" "$1"
     fi
-    [ -n "$anchor_recall" ] || anchor_squashfs__check "$from" || return 1
-    anchor_mount_file "$anchor_squashfs__format" "$from" "$1" && return 0
-    anchor_fail "cannot mount the image: $anchor_mount_error" \
-        "$hint $anchor_squashfs__format with the image's compression? (see dmesg)"
+    case $? in
+        0) return 0 ;;
+        124) anchor_verity_silent mounted ;;
+        *)
+            anchor_recall "$dir.error"
+            anchor_fail "cannot mount the image: $anchor_recall" \
+                "$hint $anchor_squashfs__format with the image's compression? (see dmesg)"
+            ;;
+    esac
     anchor_squashfs__free
+    return 1
+}
+
+# usage: anchor_squashfs__mount FROM DIR
+# Leaves in DIR.error of the image why it cannot.
+anchor_squashfs__mount() {
+    anchor_mount_file "$anchor_squashfs__format" "$1" "$2" && return 0
+    anchor_keep "$dir.error" "$anchor_mount_error"
     return 1
 }
 
@@ -221,16 +250,16 @@ anchor_squashfs_mount() {
 # system's type, anchor_squashfs__used to the bytes that it has, and anchor_squashfs__size to the file's; keeps the type for
 # the mount, and notes it. FILE may be on a server: then SIZE is given, and nothing waits for ever.
 anchor_squashfs__check() {
-    local used head
+    local used head file="${ANCHOR_ROOT:-}/run/anchor/image.head"
     anchor_squashfs__size=${2:-}
     [ -n "$anchor_squashfs__size" ] || anchor_squashfs__size=$(stat -L -c %s "$1")
     # The superblock of a squashfs is in its first 96 bytes. erofs leaves 1024 bytes to boot loaders, then comes its own.
-    head=$(timeout -k 2 "$ANCHOR_VERITY_LIMIT" od -A n -v -t u1 -N 1064 "$1" 2>/dev/null </dev/null)
+    anchor_verity_within od -A n -v -t u1 -N 1064 "$1" >"$file" 2>/dev/null
     case $? in
         0) ;;
-        124 | 137)
-            anchor_fail "no answer within $ANCHOR_VERITY_LIMIT s when the image was read" "does its server still run?"
-            return 1
+        124)
+            anchor_verity_silent read
+            return
             ;;
         *)
             anchor_fail "the image cannot be read" \
@@ -238,13 +267,18 @@ anchor_squashfs__check() {
             return 1
             ;;
     esac
+    head=$(cat "$file")
+    rm -f "$file"
     # shellcheck disable=SC2086 # od prints numbers
     set -- $head
-    if [ $# -lt 1028 ] || [ "${1025} ${1026} ${1027} ${1028}" != '226 225 245 224' ]; then
-        anchor_squashfs__squashfs "$@" || return 1
-    else
+    # A squashfs may have anything where the superblock of an erofs would be; where it begins, an erofs has what it likes, but
+    # no squashfs.
+    if [ "${1:-} ${2:-} ${3:-} ${4:-}" != '104 115 113 115' ] &&
+        [ $# -ge 1028 ] && [ "${1025} ${1026} ${1027} ${1028}" = '226 225 245 224' ]; then
         shift 1024
         anchor_squashfs__erofs "$@"
+    else
+        anchor_squashfs__squashfs "$@" || return 1
     fi
     if [ "$anchor_squashfs__size" -lt "$used" ]; then
         anchor_fail "the image is truncated: it has $anchor_squashfs__size of $used bytes" \

@@ -148,6 +148,13 @@ def test_the_root_is_read_on_the_server(booted_node: Booted) -> None:
     assert int(shared[0]) * 1024 < image.data_size / 4
 
 
+def test_nobody_looks_for_volumes_beside_dm_verity(booted_node: Booted) -> None:
+    told = booted_node.node.host.check_output("udevadm info -q property /dev/loop0").splitlines()
+    assert "SYSTEMD_READY=0" in told
+    assert not [line for line in told if line.startswith("ID_FS_")]
+    assert "ID_FS_TYPE=squashfs" in booted_node.node.host.check_output("udevadm info -q property /dev/dm-0")
+
+
 def test_the_server_knows_the_node_from_others(booted_node: Booted) -> None:
     files = "/sys/module/nfs/parameters/nfs4_unique_id /proc/sys/kernel/random/boot_id"
     identity, boot = booted_node.node.host.check_output(f"cat {files}").split()

@@ -256,3 +256,59 @@ def test_what_is_in_use_is_said(dash: Shell, image: VerityImage) -> None:
     assert done.stdout == "1\n", done.stderr
     assert "another device anchor-image is in use" in note(dash, "error")
     assert "/dev/mapper/anchor-image is in use and cannot be taken away" in done.stderr
+
+
+def test_a_file_that_ends_anywhere(dash: Shell, image: VerityImage, tmp_path: Path) -> None:
+    """Losetup warns of a size that is no multiple of 512, and prints that before the device."""
+    (tmp_path / "served").mkdir()
+    served = Path(shutil.copy(image.file, tmp_path / "served/image"))
+    with served.open("ab") as file:
+        file.write(b"x")
+    script = """
+    anchor_squashfs_run && (anchor_squashfs_mount "$LOWER") && cat "$LOWER/etc/motd" || exit 1
+    dir=$IMAGE_DIR
+    anchor_squashfs__free
+    left
+    """
+    done = run(dash, image, script, served=str(served.parent))
+    assert (done.returncode, done.stdout) == (0, "from the image\n"), done.stderr
+
+
+def test_a_device_that_stays_behind_is_not_mounted(shell: Shell, image: VerityImage) -> None:
+    """The server fell silent in the midst of it; the download that comes after has nothing to do with the device."""
+    (shell.root / "dm-busy").touch()
+    script = """
+    anchor_uptime_ms() { anchor_uptime_ms=$((${anchor_uptime_ms:-0} + 1000)); }
+    anchor_squashfs__link() { return 1; }
+    anchor_squashfs_run && (anchor_squashfs_mount "$LOWER") && show
+    """
+    more = {"anchor_squashfs_mirrors": "https://store/image", "anchor_squashfs_sha256": "f" * 64}
+    done = run(shell, image, script, SOURCE=str(image.file), anchor_fetch_timeout="99", **more)
+    assert "/dev/mapper/anchor-image is in use and cannot be taken away" in done.stderr
+    tmpfs, lower = done.stdout.splitlines()
+    device = lower.split()[0]
+    assert " tmpfs ro," in tmpfs and " squashfs ro," in lower
+    assert device != os.path.realpath(shell.root / "dev/mapper/anchor-image")
+
+
+def test_a_superblock_that_changes_between_two_looks_is_refused(
+    dash: Shell, image: VerityImage, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_image(tmp_path / "other", size=100_000)
+    script = f"""
+    anchor_verity_open() {{ mkdir -p "${{ANCHOR_VERITY_DEVICE%/*}}" && ln -s {other} "$ANCHOR_VERITY_DEVICE"; }}
+    anchor_squashfs_run
+    echo $?
+    left
+    """
+    done = run(dash, image, script)
+    assert done.stdout == "1\n", done.stderr
+    assert "has another size than its server said at first" in note(dash, "error")
+
+
+def test_an_unreadable_place_is_said(dash: Shell, image: VerityImage, tmp_path: Path) -> None:
+    (tmp_path / "served/image").mkdir(parents=True)
+    done = run(dash, image, "anchor_squashfs_run; echo $?; left", served=str(tmp_path / "served"))
+    assert done.stdout == "1\n"
+    assert note(dash, "error") == "the image cannot be read"

@@ -266,6 +266,17 @@ def test_an_erofs_is_known_by_its_magic_and_mounted(shell: Shell, erofs: Path) -
     assert note(shell, "note-format") == "erofs"
 
 
+def test_a_file_of_a_squashfs_cannot_make_an_erofs_of_it(shell: Shell, image: Path, tmp_path: Path) -> None:
+    """What is packed first lies where the superblock of an erofs would be."""
+    source = tmp_path / "source"
+    data = bytearray(image.read_bytes())
+    data[1024:1028] = bytes([0xE2, 0xE1, 0xF5, 0xE0])
+    source.write_bytes(data)
+    done = run(shell, source, "anchor_squashfs_run")
+    assert done.returncode == 0, done.stderr
+    assert note(shell, "note-format") == "squashfs"
+
+
 @pytest.mark.parametrize("left", [1028, 1100, 4096, 2_000_000])
 def test_a_truncated_erofs_is_refused(shell: Shell, erofs: Path, tmp_path: Path, left: int) -> None:
     source = tmp_path / "source"

@@ -152,7 +152,6 @@ def test_nobody_looks_for_volumes_beside_dm_verity(booted_node: Booted) -> None:
     told = booted_node.node.host.check_output("udevadm info -q property /dev/loop0").splitlines()
     assert "SYSTEMD_READY=0" in told
     assert not [line for line in told if line.startswith("ID_FS_")]
-    assert "ID_FS_TYPE=squashfs" in booted_node.node.host.check_output("udevadm info -q property /dev/dm-0")
 
 
 def test_the_server_knows_the_node_from_others(booted_node: Booted) -> None:

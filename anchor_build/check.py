@@ -228,7 +228,7 @@ def _check_source(state: _Check, stage: Stage, param: Param, url: str) -> None:
     scheme = url.partition("://")[0]
     transport = state.plan.transport_for(scheme)
     digests = stage.digests_of(param)
-    is_known = any(state.values[digest.key] or _was_wrong(state, digest) for digest in digests)
+    is_known = any(state.values[digest.key] for digest in digests)
     if transport is None:
         state.errors.append(f"{param.key}: no transport in this initramfs carries {scheme}://")
     elif scheme in transport.digest_schemes and not is_known:

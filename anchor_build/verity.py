@@ -131,7 +131,10 @@ def read_tree(image: Path, step: Step) -> Tree:
             if len(found) < len(tree):
                 raise AnchorError(f"{image}: its hash tree is cut off", remedy)
             if found != tree:
-                raise AnchorError(f"{image}: its hash tree is not that of its data: one of them was changed", remedy)
+                raise AnchorError(
+                    f"{image}: its hash tree is not that of its data: one of them was changed",
+                    f"fetch or build the image again; only where its data are known to be right, {remedy}",
+                )
     return Tree(root_hash.hex(), size, BLOCK + len(tree))
 
 

@@ -91,6 +91,7 @@ anchor_fetch__download() {
         rm -rf "${work:?}" 2>/dev/null && break
         sleep 0.2
     done
+    [ ! -d "$work" ] || anchor_warn "cannot remove $work, and the memory that it takes is not free"
     [ "$status" -eq 0 ]
 }
 

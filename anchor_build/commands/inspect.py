@@ -38,8 +38,9 @@ def command(
     """Show what is inside FILE, an RPM, an initramfs, or a squashfs or erofs image; with OTHER, how that differs.
 
     What a file is, its content says, not its name. A package's payload is compared with its header. Secrets that
-    are baked into an initramfs are not shown. The files of an image are listed without reading them; for a comparison
-    they are read, with their extended attributes. Exits 0, or 1 when FILE cannot be read or OTHER differs from it.
+    are baked into an initramfs are not shown. The files of an image are listed without reading them, unless it has a
+    hash tree, which is checked against all of it; for a comparison they are read, with their extended attributes.
+    Exits 0, or 1 when FILE cannot be read or OTHER differs from it.
 
     \b
     Examples:

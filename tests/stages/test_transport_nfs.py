@@ -209,14 +209,19 @@ def test_options_of_images_are_checked_too(dash: Node) -> None:
     assert "the NFS option suid is not allowed" in said
 
 
-def test_only_files_are_read(node: Node) -> None:
+def serve_no_files(node: Node) -> dict[str, str]:
+    """Put into the export what is no file; return what is said of each, and of one that is not there."""
     os.mkfifo(node.export / "pipe")
     (node.export / "out").symlink_to("/etc/passwd")
-    for name, reason in (
-        ("pipe", "is not a regular file"),
-        ("out", "is a link that leads out of the export"),
-        ("nothing", "is not there"),
-    ):
+    return {
+        "pipe": "is not a regular file",
+        "out": "is a link that leads out of the export",
+        "nothing": "is not there",
+    }
+
+
+def test_only_files_are_read(node: Node) -> None:
+    for name, reason in serve_no_files(node).items():
         status, _, said = attempt(node, URL.replace("node.squashfs", name))
         assert status == 1
         assert f"nfs.example:/export/images/{name} {reason}" in said
@@ -290,13 +295,7 @@ def test_a_file_in_place_stays_until_it_is_left(node: Node) -> None:
 
 
 def test_what_cannot_be_in_place_is_unmounted_again(node: Node) -> None:
-    os.mkfifo(node.export / "pipe")
-    (node.export / "out").symlink_to("/etc/passwd")
-    for name, reason in (
-        ("pipe", "is not a regular file"),
-        ("out", "is a link that leads out of the export"),
-        ("nothing", "is not there"),
-    ):
+    for name, reason in serve_no_files(node).items():
         status, left, said = place(node, URL.replace("node.squashfs", name), leave="")
         assert (status, left) == (1, "")
         assert f"nfs.example:/export/images/{name} {reason}" in said
